@@ -1,0 +1,87 @@
+"""The one place that picks a backend and a strategy, with the cost model that it picks by.
+
+Strategy. Per call and per row, in multiply-adds (T rows, n experts of rank r, k chosen):
+
+    dense    3 n r (in + out)            forward 1, backward 2
+    grouped  3 k r (in + out)            plus k passes over x, y, dy, dx, and a fixed cost an expert
+    gather   k r (in + out)              plus a fixed cost a (row, slot): decoding only
+
+The model turns these into seconds by the constants below. They were fitted on two AVX2 cores with
+`python -m benchmarks.bench_layer --strategies` (fp32); their ratios, not their sizes, decide.
+"""
+
+from __future__ import annotations
+
+import os
+
+from torch import Tensor
+
+BACKENDS = ("auto", "torch", "triton", "reference")
+STRATEGIES = ("auto", "dense", "grouped", "gather")
+
+_FLOP_PER_S = 1.0e11
+_BYTES_PER_S = 1.0e10
+_EXPERT_CALL_S = 2.5e-5  # a non-empty expert in the grouped strategy: index_select, two GEMMs, index_add
+_SLOT_CALL_S = 1.2e-5  # a (row, slot) in the gather strategy: two matrix-vector products
+_DENSE_CALL_S = 2.0e-5
+
+
+def resolve_backend(backend: str, x: Tensor) -> str:
+    """The backend to run: an explicit one, else REMIX_BACKEND, else torch.
+
+    Raises:
+        ValueError: The name is unknown, or the backend is not available.
+    """
+    source = "backend"
+    if backend == "auto":
+        backend, source = os.environ.get("REMIX_BACKEND", "auto"), "REMIX_BACKEND"
+    if backend not in BACKENDS:
+        raise ValueError(f"{source}={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        raise ValueError(
+            f"{source}='triton' is not available in this version of remix_kernels (x is on "
+            f"{x.device}); use backend='torch', which runs on every device"
+        )
+    return "torch" if backend == "auto" else backend
+
+
+def resolve_strategy(strategy: str, rows: int, lora_A: Tensor, lora_B: Tensor, top_k: int) -> str:
+    """The strategy to run: an explicit one, else the cheapest by the cost model.
+
+    Args:
+        strategy: One of STRATEGIES.
+        rows: Routed rows, all selections counted.
+        lora_A: [n or 1, r, in].
+        lora_B: [n, out, r].
+        top_k: Experts a row.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
+    if strategy != "auto":
+        return strategy
+    n, out, r = lora_B.shape
+    costs = strategy_costs_s(rows, lora_A.shape[2], out, n, top_k, r, lora_B.element_size())
+    return min(costs, key=costs.__getitem__)
+
+
+def strategy_costs_s(
+    rows: int, in_features: int, out_features: int, n: int, top_k: int, r: int, itemsize: int
+) -> dict[str, float]:
+    """Modelled seconds over the frozen linear of one forward and backward pass, by strategy."""
+    width = in_features + out_features
+    busy_experts = min(n, rows * top_k)
+    flops_dense = 6.0 * rows * n * r * width
+    flops_grouped = 6.0 * rows * top_k * r * width
+    return {
+        "dense": flops_dense / _FLOP_PER_S + _DENSE_CALL_S,
+        "grouped": (
+            flops_grouped / _FLOP_PER_S
+            + 3.0 * rows * top_k * width * itemsize / _BYTES_PER_S
+            + busy_experts * _EXPERT_CALL_S
+            + _DENSE_CALL_S
+        ),
+        "gather": flops_grouped / _FLOP_PER_S + rows * top_k * _SLOT_CALL_S,
+    }

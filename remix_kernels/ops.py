@@ -1,0 +1,334 @@
+"""The public functions: checks, dispatch, documentation. The work is in the strategy files."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from remix_kernels import reference
+from remix_kernels._dispatch import resolve_backend, resolve_strategy
+
+
+def routed_lora(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor | float,
+    *,
+    base: Tensor | None = None,
+    backend: str = "auto",
+    strategy: str = "auto",
+) -> Tensor:
+    """Sum each row's chosen low-rank adapters: y = base + sum_j w_j B_{i_j} A_{i_j} x.
+
+    Args:
+        x: [..., in], floating point. The computation runs in its dtype.
+        lora_A: [n, r, in], or [1, r, in] when all experts share one A. Any floating dtype.
+        lora_B: [n, out, r]. Any floating dtype and strides; a view of [n, r, out] is packed without a copy.
+        top_k_index: Integer [..., k], the experts of each row, distinct within a row. Or [M, ..., k]: M
+            selections of the same x, computed in one call.
+        top_k_weights: A number, or a tensor shaped like top_k_index.
+        base: Added to the result, never written to; shaped like the result, dtype of x.
+        backend: "auto", "torch" or "reference". REMIX_BACKEND replaces "auto".
+        strategy: "auto" (by the cost model), "dense", "grouped" or "gather".
+
+    Returns:
+        [..., out] (or [M, ..., out]) in the dtype of x. Differentiable in x, lora_A, lora_B, base and tensor
+        weights; once only.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, an expert is out of range or chosen twice,
+            or the backend or strategy is unknown.
+        TypeError: An argument that should be a tensor is not.
+
+    Source: ReMix (arXiv 2603.10160) section 3.1, eq. 5, with general weights.
+    """
+    shape = _check_routed(x, lora_A, lora_B, top_k_index, top_k_weights)
+    if base is not None and (
+        base.shape != shape or base.dtype != x.dtype or base.device != x.device
+    ):
+        raise ValueError(
+            f"base is {_describe(base)}; it must be {list(shape)}, {x.dtype} on {x.device} like the result"
+        )
+    if resolve_backend(backend, x) == "reference":
+        return reference.routed_lora_ref(x, lora_A, lora_B, top_k_index, top_k_weights, base=base)
+    return _run_torch(
+        x, None, None, base, lora_A, lora_B, top_k_index, top_k_weights, strategy, shape
+    )
+
+
+def routed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor | float,
+    *,
+    backend: str = "auto",
+    strategy: str = "auto",
+) -> Tensor:
+    """A frozen linear and each row's adapters in one op: y = W x + b + sum_j w_j B_{i_j} A_{i_j} x.
+
+    One op rather than two keeps one [T, out] output alive and adds the adapters' gradient for x into the
+    linear's in place.
+
+    Args:
+        x: [..., in], floating point.
+        weight: [out, in]. Frozen; should it require a gradient, it gets one through torch's own linear.
+        bias: [out] or None, likewise.
+        lora_A: As in `routed_lora`.
+        lora_B: As in `routed_lora`.
+        top_k_index: As in `routed_lora`.
+        top_k_weights: As in `routed_lora`.
+        backend: As in `routed_lora`.
+        strategy: As in `routed_lora`.
+
+    Returns:
+        [..., out] (or [M, ..., out]) in the dtype of x.
+
+    Raises:
+        ValueError: As `routed_lora`, or weight or bias does not fit.
+        TypeError: An argument that should be a tensor is not.
+
+    Source: ReMix (arXiv 2603.10160) section 3.1, eq. 5.
+    """
+    shape = _check_routed(x, lora_A, lora_B, top_k_index, top_k_weights)
+    _check_frozen(x, weight, bias, lora_B.shape[1])
+    if resolve_backend(backend, x) == "reference":
+        return reference.routed_linear_ref(
+            x, weight, bias, lora_A, lora_B, top_k_index, top_k_weights
+        )
+    base = None
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained and torch.is_grad_enabled():
+        bias = None if bias is None else bias.to(x.dtype)
+        base = torch.nn.functional.linear(x, weight.to(x.dtype), bias).expand(shape)
+        return _run_torch(
+            x, None, None, base, lora_A, lora_B, top_k_index, top_k_weights, strategy, shape
+        )
+    return _run_torch(
+        x, weight, bias, None, lora_A, lora_B, top_k_index, top_k_weights, strategy, shape
+    )
+
+
+def sample_top_k(
+    logits: Tensor, k: int, *, seed: int, offset: int = 0, backend: str = "auto"
+) -> Tensor:
+    """Draw k distinct experts a row from softmax(logits), without replacement, in order.
+
+    The draw is a pure function of (seed, offset + row, logits): the same on every backend, thread count and
+    split of the batch, so `sample_top_k(z[a:], k, seed=s, offset=a)` equals rows `a:` of the whole.
+
+    Args:
+        logits: [..., n], floating point; rows are counted over all leading dimensions. Computed in fp32.
+        k: Experts to draw, 1 <= k <= n.
+        seed: 64-bit integer. Give every module and every step its own: equal seeds are equal noise.
+        offset: Counter of the first row, >= 0.
+        backend: "auto", "torch" or "reference".
+
+    Returns:
+        int32 [..., k], first draw first. No gradient.
+
+    Raises:
+        ValueError: k or offset is out of range, or logits is not a floating-point tensor with experts.
+
+    Source: ReMix (arXiv 2603.10160) section 3.2; Gumbel top-k, Kool et al. 2019, arXiv 1903.06059.
+    """
+    _check_logits(logits)
+    n = logits.shape[-1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k={k} is out of range: choose 1 <= k <= n = {n}, the experts in logits")
+    if offset < 0:
+        raise ValueError(f"offset={offset} is negative; it is the counter of the first row")
+    if resolve_backend(backend, logits) == "reference":
+        return reference.sample_top_k_ref(logits, k, seed=seed, offset=offset)
+    from remix_kernels import torch_sampling
+
+    index = torch_sampling.sample_top_k(logits.reshape(-1, n), k, seed, offset)
+    return index.view(*logits.shape[:-1], k)
+
+
+def selection_log_prob(
+    logits: Tensor, top_k_index: Tensor, *, unordered: bool = False, backend: str = "auto"
+) -> Tensor:
+    """Log-probability that `sample_top_k` draws this selection, in this order.
+
+    Args:
+        logits: [..., n], floating point.
+        top_k_index: Integer [..., k] with the leading dimensions of logits, distinct within a row.
+        unordered: The probability of the set, summed over orders. Only in the reference backend so far.
+        backend: "auto", "torch" or "reference".
+
+    Returns:
+        [...] in fp32 (fp64 for fp64 logits), differentiable in logits with a closed-form gradient.
+
+    Raises:
+        ValueError: Shapes or devices do not fit, an expert is out of range or drawn twice, or
+            unordered=True outside the reference backend.
+
+    Source: ReMix (arXiv 2603.10160) section 3.2: sum_j [z_{i_j} - logsumexp(z over experts not drawn yet)].
+    """
+    _check_logits(logits)
+    _check_index(top_k_index, logits.shape[-1], logits.device)
+    if top_k_index.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"top_k_index is {list(top_k_index.shape)} and logits {list(logits.shape)}: all but the last "
+            "dimension must agree"
+        )
+    if resolve_backend(backend, logits) == "reference":
+        z = logits if logits.dtype == torch.float64 else logits.float()
+        return reference.selection_log_prob_ref(z, top_k_index, unordered=unordered)
+    if unordered:
+        raise ValueError(
+            "unordered=True is not available in the torch backend of this version; use unordered=False, or "
+            "backend='reference' for small inputs"
+        )
+    from remix_kernels import torch_sampling
+
+    n, k = logits.shape[-1], top_k_index.shape[-1]
+    log_prob = torch_sampling.OrderedLogProb.apply(
+        logits.reshape(-1, n), top_k_index.reshape(-1, k)
+    )
+    return log_prob.view(logits.shape[:-1])
+
+
+def _run_torch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor | float,
+    strategy: str,
+    shape: torch.Size,
+) -> Tensor:
+    """Flatten to rows and run one strategy."""
+    k = top_k_index.shape[-1]
+    index = top_k_index.reshape(-1, k)
+    weights = top_k_weights
+    if isinstance(weights, Tensor):
+        weights = weights.reshape(-1, k)
+    name = resolve_strategy(strategy, index.shape[0], lora_A, lora_B, k)
+    if name == "dense":
+        from remix_kernels.torch_dense import DenseRouted as Routed
+    elif name == "grouped":
+        from remix_kernels.torch_grouped import GroupedRouted as Routed
+    else:
+        from remix_kernels.torch_gather import GatherRouted as Routed
+    rows = x.reshape(-1, x.shape[-1])
+    if base is not None:
+        base = base.reshape(-1, base.shape[-1])
+    if rows.shape[0] == 0:
+        # No rows: the sum of nothing, still attached to every input so that gradients are zeros, not None.
+        zero = lora_A.sum() * 0 + lora_B.sum() * 0 + rows.sum().to(lora_A.dtype) * 0
+        return (x.new_zeros(shape) + zero.to(x.dtype)) if base is None else base.view(shape) + zero
+    y = Routed.apply(rows, weight, bias, base, lora_A, lora_B, index, weights)
+    return y.view(shape)
+
+
+def _check_routed(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, top_k_index: Tensor, top_k_weights: Tensor | float
+) -> torch.Size:
+    """Check the arguments of a routed op and return the shape of its result."""
+    for name, tensor in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; it must be floating point")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them")
+    if x.dim() < 1 or lora_A.dim() != 3 or lora_B.dim() != 3:
+        raise ValueError(
+            f"x {list(x.shape)}, lora_A {list(lora_A.shape)}, lora_B {list(lora_B.shape)} must be [..., in], "
+            "[n, r, in] and [n, out, r]"
+        )
+    n, out, r = lora_B.shape
+    if lora_A.shape[0] not in (1, n) or lora_A.shape[1:] != (r, x.shape[-1]) or r < 1:
+        raise ValueError(
+            f"lora_A is {list(lora_A.shape)}; with x {list(x.shape)} and lora_B {list(lora_B.shape)} it must "
+            f"be [{n}, {r}, {x.shape[-1]}] (or [1, ...] when shared) with r >= 1"
+        )
+    _check_index(top_k_index, n, x.device)
+    lead, k = top_k_index.shape[:-1], top_k_index.shape[-1]
+    if lead != x.shape[:-1] and lead[1:] != x.shape[:-1]:
+        raise ValueError(
+            f"top_k_index is {list(top_k_index.shape)}; with x {list(x.shape)} it must be "
+            f"{[*x.shape[:-1], k]}, or {['M', *x.shape[:-1], k]} for M selections of the same x"
+        )
+    if isinstance(top_k_weights, Tensor):
+        if top_k_weights.shape != top_k_index.shape:
+            raise ValueError(
+                f"top_k_weights is {list(top_k_weights.shape)}; it must be a number or shaped like "
+                f"top_k_index, {list(top_k_index.shape)}"
+            )
+        if not top_k_weights.is_floating_point() or top_k_weights.device != x.device:
+            raise ValueError(
+                f"top_k_weights is {_describe(top_k_weights)}; it must be floating point on {x.device}"
+            )
+    elif not isinstance(top_k_weights, (int, float)):
+        raise TypeError(
+            f"top_k_weights must be a tensor or a number, got {type(top_k_weights).__name__}"
+        )
+    return torch.Size((*lead, out))
+
+
+def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, out: int) -> None:
+    if weight.shape != (out, x.shape[-1]) or not weight.is_floating_point():
+        raise ValueError(
+            f"weight is {_describe(weight)}; with x {list(x.shape)} and lora_B for {out} outputs it must be "
+            f"floating point [{out}, {x.shape[-1]}]"
+        )
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"bias is {list(bias.shape)}; it must be [{out}]")
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device} and x on {x.device}; move one of them")
+
+
+def _check_index(index: Tensor, n: int, device: torch.device) -> None:
+    """Integer, on the right device, k <= n, and (where it costs no device sync) in range and distinct."""
+    if not isinstance(index, Tensor):
+        raise TypeError(f"top_k_index must be a tensor, got {type(index).__name__}")
+    if index.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
+        raise ValueError(f"top_k_index is {index.dtype}; it must be an integer tensor")
+    if index.device != device:
+        raise ValueError(f"top_k_index is on {index.device}, the other inputs on {device}")
+    if index.dim() < 1 or not 1 <= index.shape[-1] <= n:
+        raise ValueError(
+            f"top_k_index is {list(index.shape)}: its last dimension k must be 1 <= k <= n = {n}"
+        )
+    if torch.compiler.is_compiling() or index.numel() == 0:
+        return
+    if index.device.type != "cpu" and os.environ.get("REMIX_STRICT") != "1":
+        return
+    low, high = (int(v) for v in index.aminmax())
+    if low < 0 or high >= n:
+        raise ValueError(
+            f"top_k_index holds {low if low < 0 else high}; experts are numbered 0 to {n - 1}"
+        )
+    if index.shape[-1] > 1:
+        ordered = index.sort(dim=-1).values
+        same = ordered[..., 1:] == ordered[..., :-1]
+        if bool(same.any()):
+            row = int(same.reshape(-1, same.shape[-1]).any(-1).nonzero()[0])
+            raise ValueError(
+                f"top_k_index chooses an expert twice in row {row}: "
+                f"{index.reshape(-1, index.shape[-1])[row].tolist()}; the k experts of a row must be distinct"
+            )
+
+
+def _check_logits(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
+    if not logits.is_floating_point() or logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits is {_describe(logits)}; it must be floating point [..., n], n >= 1")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
