@@ -1,0 +1,158 @@
+"""`RoutedLoRALinear`: a frozen linear with a pool of LoRAs and a router, as one plain nn.Module."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remix_kernels import routed_linear, routed_lora
+from remix_model.site import RoutedModule, RoutingSite
+
+
+def routing_scaling(lora_alpha: float, top_k: int, r: int, use_rslora: bool) -> float:
+    """omega: that of one LoRA of rank k r, alpha / sqrt(k r) or alpha / (k r) (ReMix section 3.1)."""
+    return lora_alpha / (math.sqrt(top_k * r) if use_rslora else top_k * r)
+
+
+def check_pool(num_experts: int, top_k: int, r: int) -> None:
+    """Raise ValueError unless num_experts, top_k and r describe a pool of adapters."""
+    if num_experts < 1:
+        raise ValueError(f"num_experts={num_experts}; it must be at least 1")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(
+            f"top_k={top_k} is out of range: choose 1 <= top_k <= num_experts = {num_experts}"
+        )
+    if r < 1:
+        raise ValueError(f"r={r}; the rank of each LoRA must be at least 1")
+
+
+@torch.no_grad()
+def init_pool(
+    lora_A: Tensor, lora_B: Tensor, router: Tensor, router_init_range: float, zero_b: bool = True
+) -> None:
+    """A uniform as Kaiming (a = sqrt 5) per expert, B zero, router N(0, router_init_range^2).
+
+    Args:
+        lora_A: [n, r, in].
+        lora_B: [n, out, r].
+        router: [n, in].
+        router_init_range: Standard deviation.
+        zero_b: False gives B the Kaiming bounds of its own fan-in: an adapter that is not a no-op.
+    """
+    bound = 1.0 / math.sqrt(lora_A.shape[-1])
+    nn.init.uniform_(lora_A, -bound, bound)
+    if zero_b:
+        nn.init.zeros_(lora_B)
+    else:
+        bound = 1.0 / math.sqrt(lora_B.shape[-1])
+        nn.init.uniform_(lora_B, -bound, bound)
+    nn.init.normal_(router, std=router_init_range)
+
+
+class RoutedLoRALinear(nn.Module, RoutedModule):
+    """y = W x + b + omega * sum over the k chosen experts of B_i A_i x.
+
+    Outside `sample_routing` the experts are the k largest of `router @ x`; inside they are drawn, and
+    the loss's backward pass gives the router its gradient.
+
+    Source: ReMix (arXiv 2603.10160) sections 3.1 to 3.3.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        *,
+        num_experts: int,
+        top_k: int,
+        r: int,
+        lora_alpha: float = 2.0,
+        use_rslora: bool = True,
+        lora_dropout: float = 0.0,
+        router_init_range: float = 0.02,
+        router_temperature: float = 1.0,
+        router_detach_input: bool = True,
+        init_lora_weights: bool = True,
+        backend: str = "auto",
+        strategy: str = "auto",
+    ) -> None:
+        """Put a pool of adapters beside `base`, which is frozen in place.
+
+        Args:
+            base: The linear to adapt; kept as `self.base_layer`.
+            num_experts: n, LoRAs in the pool.
+            top_k: k, LoRAs a row takes.
+            r: Rank of each LoRA.
+            lora_alpha: Numerator of omega.
+            use_rslora: omega = alpha / sqrt(k r) rather than alpha / (k r).
+            lora_dropout: On the adapters' input; its noise is not the selection's, so 0 is best.
+            router_init_range: Standard deviation of the router's initial weights.
+            router_temperature: Divides the logits.
+            router_detach_input: The router's gradient stops at the router.
+            init_lora_weights: B starts at zero; False starts it random, for tests.
+            backend: As in `remix_kernels.routed_linear`.
+            strategy: As in `remix_kernels.routed_linear`.
+
+        Raises:
+            ValueError: A size is out of range.
+            TypeError: base is not a linear.
+        """
+        super().__init__()
+        if not isinstance(base, nn.Linear):
+            raise TypeError(f"base must be an nn.Linear, got {type(base).__name__}")
+        check_pool(num_experts, top_k, r)
+        if not 0.0 <= lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout={lora_dropout}; it must be in [0, 1)")
+        if router_temperature <= 0:
+            raise ValueError(f"router_temperature={router_temperature}; it must be positive")
+        self.base_layer = base.requires_grad_(False)
+        self.num_experts, self.top_k, self.r = num_experts, top_k, r
+        self.scaling = routing_scaling(lora_alpha, top_k, r, use_rslora)
+        self.dropout = nn.Dropout(lora_dropout)
+        self.router_detach_input = router_detach_input
+        self.backend, self.strategy = backend, strategy
+        like: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_A = nn.Parameter(torch.empty(num_experts, r, base.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(num_experts, base.out_features, r, **like))
+        self.router = nn.Parameter(torch.empty(num_experts, base.in_features, **like))
+        self.site = RoutingSite(num_experts, top_k, router_temperature)
+        init_pool(self.lora_A, self.lora_B, self.router, router_init_range, init_lora_weights)
+
+    def active_sites(self) -> dict[str, tuple[RoutingSite, Tensor]]:
+        """One site, one router."""
+        return {"default": (self.site, self.router)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in the dtype of x."""
+        routed_x = x.detach() if self.router_detach_input else x
+        selection = self.site.select(routed_x, self.router, self.training)
+        if self.training and self.dropout.p > 0.0:
+            y = routed_lora(
+                self.dropout(x),
+                self.lora_A,
+                self.lora_B,
+                selection.index,
+                self.scaling,
+                base=self.base_layer(x),
+                backend=self.backend,
+                strategy=self.strategy,
+            )
+        else:
+            y = routed_linear(
+                x,
+                self.base_layer.weight,
+                self.base_layer.bias,
+                self.lora_A,
+                self.lora_B,
+                selection.index,
+                self.scaling,
+                backend=self.backend,
+                strategy=self.strategy,
+            )
+        return self.site.deliver(y, routed_x, self.router, selection, self.training)
+
+    def extra_repr(self) -> str:
+        """The pool in one line."""
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, r={self.r}, scaling={self.scaling:.4g}"

@@ -1,0 +1,89 @@
+"""Per-token losses of a causal language model, with logits only where a label is.
+
+The language-model head and its softmax are a third of a small model's step; most positions of a prompt
+have no label. A hook on the head hands it only the labelled rows, so whatever a model does to its
+logits afterwards (soft caps, scales) still happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every next token.
+
+    Args:
+        model: A transformers causal language model, bare or wrapped by PEFT, DDP or FSDP.
+        batch: What the model takes, with `labels` [B, T]; -100 is not counted.
+
+    Returns:
+        (losses [B, T - 1] fp32, mask [B, T - 1] bool); column t is the loss predicted from position t, zero
+        where the mask is.
+
+    Raises:
+        ValueError: No labels, or a sequence longer than the model's positions.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        raise ValueError("the batch needs labels [B, T] to compute a loss")
+    _check_length(model, labels.shape[1])
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs.setdefault("use_cache", False)
+    targets = labels[:, 1:]
+    mask = targets != -100
+    with logits_at(model, mask):
+        logits = model(**inputs).logits
+    losses = logits.new_zeros(mask.shape, dtype=torch.float32)
+    flat = nn.functional.cross_entropy(logits[0].float(), targets[mask], reduction="none")
+    return losses.masked_scatter(mask, flat), mask
+
+
+@contextmanager
+def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Inside, the head computes logits [1, number of positions, vocabulary] at the masked positions only.
+
+    Args:
+        model: As in `token_losses`.
+        mask: [B, T - 1] or [B, T] bool, positions counted from the first.
+
+    Raises:
+        ValueError: The model does not say which module is its head.
+    """
+
+    def keep_labelled(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        return (hidden[:, : mask.shape[1]][mask].unsqueeze(0), *args[1:])
+
+    hook = _head(model).register_forward_pre_hook(keep_labelled)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _head(model: nn.Module) -> nn.Module:
+    while hasattr(model, "module") and isinstance(model.module, nn.Module):
+        model = model.module
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output embeddings; token_losses needs a causal language model"
+        )
+    return head
+
+
+def _check_length(model: nn.Module, length: int) -> None:
+    while hasattr(model, "module") and isinstance(model.module, nn.Module):
+        model = model.module
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"a sequence of {length} tokens is longer than the model's {limit} positions; shorten max_length"
+        )

@@ -1,0 +1,218 @@
+"""What one routed layer knows about routing: the site where experts are chosen.
+
+A site is a plain object beside the layer's parameters. Contexts (`sample_routing`, `force_selection`,
+`record_routing`) reach every site of a model through `find_sites`; the layer asks its own site
+`select(x, ...)` for the experts of each row and passes its output through `deliver`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from remix_kernels import sample_top_k
+from remix_model.delivery import DeliverRouterGradient, in_backward
+
+if TYPE_CHECKING:
+    from remix_model.routing import RoutingState
+    from remix_model.stats import SiteRecord
+
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+UNTRAINED_ROUTER = (
+    "a ReMix model is being trained outside sample_routing: the adapters learn, the router does not (its "
+    "gradient is zero). Use ReMixTrainer or ReMixSFTTrainer, open sample_routing around the forward pass, or "
+    "freeze the routers if that is what you want."
+)
+
+
+def mix_seed(seed: int, *streams: int) -> int:
+    """A 64-bit seed for each combination of numbers: SplitMix64 (Steele et al. 2014), folded over them."""
+    mixed = seed & _MASK64
+    for stream in streams:
+        mixed = (mixed + 0x9E3779B97F4A7C15 * ((stream & _MASK64) + 1)) & _MASK64
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK64
+        mixed ^= mixed >> 31
+    return mixed
+
+
+class Selection(NamedTuple):
+    """The experts of a layer's rows, and what the router's gradient will need."""
+
+    index: Tensor  # [..., k] int32 or int64
+    logits: Tensor  # [..., n] fp32
+    state: RoutingState | None  # None: not sampled
+
+
+class RoutingSite:
+    """Chooses the experts of one layer's rows: drawn, forced, replayed, or the top k."""
+
+    def __init__(self, num_experts: int, top_k: int, temperature: float = 1.0) -> None:
+        """Args are the pool's size, the experts a row takes, and the policy's temperature."""
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.temperature = temperature
+        self.name = ""
+        self.stream = 0
+        self.state: RoutingState | None = None  # inside sample_routing
+        self.last: RoutingState | None = None  # whose draw the last training forward used
+        self.replaying: RoutingState | None = None  # whose backward pass is running
+        self.forced: Tensor | None = None
+        self.record: SiteRecord | None = None
+        self.router_weight: Tensor | None = None  # the parameter, to ask whether it is trained
+        self.warned: list[bool] = [False]  # shared by the sites of one model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutingSite:
+        """A copy of the layer starts with no context and no saved selections."""
+        return RoutingSite(self.num_experts, self.top_k, self.temperature)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled likewise."""
+        return RoutingSite, (self.num_experts, self.top_k, self.temperature)
+
+    def router_is_trained(self) -> bool:
+        """Whether the layer's router takes a gradient."""
+        return self.router_weight is not None and self.router_weight.requires_grad
+
+    def select(self, x: Tensor, router: Tensor, training: bool) -> Selection:
+        """The experts of every row of x.
+
+        Args:
+            x: [..., in].
+            router: [n, in].
+            training: The layer's mode; only decides whether an unsampled pass forgets the last draw.
+        """
+        self.router_weight = router
+        with torch.no_grad():
+            logits = self._logits(x, router)
+            if in_backward():
+                state = self.replaying or self.last
+                if state is not None and self.stream in state.selections:
+                    return Selection(self._saved(state), logits, state)
+                return Selection(self._choose(logits), logits, None)
+            state = self.state
+            if state is None:
+                if training:
+                    self.last = None
+                index = self._choose(logits)
+            else:
+                index = self._draw(logits, state)
+                state.selections.setdefault(self.stream, []).append(index)
+            if self.record is not None:
+                self.record.add(logits, index, state)
+        return Selection(index, logits, state)
+
+    def deliver(self, y: Tensor, x: Tensor, router: Tensor, selection: Selection, training: bool) -> Tensor:
+        """Pass the layer's output through the identity that will give the router its gradient."""
+        if not (router.requires_grad and torch.is_grad_enabled()):
+            return y
+        if selection.state is None:
+            if not training:
+                return y
+            if not self.warned[0]:
+                self.warned[0] = True
+                warnings.warn(UNTRAINED_ROUTER, stacklevel=3)
+        return DeliverRouterGradient.apply(
+            y, x, router, selection.logits, selection.index, self.temperature, selection.state
+        )
+
+    def check_forced(self, name: str, index: Tensor) -> None:
+        """Raise ValueError unless `index` names top_k distinct experts in every row."""
+        if index.is_floating_point() or index.dim() < 1 or index.shape[-1] != self.top_k:
+            raise ValueError(
+                f"the selection for {name} is {list(index.shape)} {index.dtype}; it must be integer [..., {self.top_k}]"
+            )
+        if index.numel() == 0:
+            return
+        if int(index.min()) < 0 or int(index.max()) >= self.num_experts:
+            raise ValueError(
+                f"the selection for {name} holds expert {int(index.min())} to {int(index.max())}; experts are "
+                f"numbered 0 to {self.num_experts - 1}"
+            )
+        ordered = index.sort(-1).values
+        if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+            raise ValueError(f"the selection for {name} names an expert twice in one row")
+
+    def _logits(self, x: Tensor, router: Tensor) -> Tensor:
+        """z / temperature in fp32, whatever the dtypes and whatever autocast says."""
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                logits = nn.functional.linear(x.float(), router.float())
+        else:
+            logits = nn.functional.linear(x.float(), router.float())
+        return logits if self.temperature == 1.0 else logits / self.temperature
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """Without sampling: the forced experts, else the k largest logits (ReMix eq. 6)."""
+        if self.forced is not None:
+            return self._forced(logits)
+        return logits.topk(self.top_k, dim=-1).indices
+
+    def _draw(self, logits: Tensor, state: RoutingState) -> Tensor:
+        """While sampling: the forced experts, else a draw from this module's own stream."""
+        state.positions(logits.shape[:-1])
+        if self.forced is not None:
+            return self._forced(logits)
+        call = len(state.selections.get(self.stream, ()))
+        index = sample_top_k(logits, self.top_k, seed=mix_seed(state.seed, self.stream, call))
+        if state.sampled is not None:
+            drawn = state.sampled.view(*logits.shape[:-1], 1)
+            index = torch.where(drawn, index, self._choose(logits).to(index.dtype))
+        return index
+
+    def _forced(self, logits: Tensor) -> Tensor:
+        assert self.forced is not None
+        shape = (*logits.shape[:-1], self.top_k)
+        forced = self.forced.to(device=logits.device, dtype=torch.int32)
+        try:
+            if forced.dim() == len(shape) and forced.shape[0] not in (1, shape[0]):
+                forced = forced.repeat(shape[0] // forced.shape[0], *[1] * (forced.dim() - 1))
+            return forced.expand(shape).contiguous()
+        except RuntimeError:
+            raise ValueError(
+                f"the selection for {self.name or 'this layer'} is {list(self.forced.shape)}; it does not "
+                f"broadcast to the layer's rows, {list(shape)}"
+            ) from None
+
+    def _saved(self, state: RoutingState) -> Tensor:
+        saved = state.selections[self.stream]
+        if len(saved) > 1:
+            raise RuntimeError(
+                f"{self.name} ran {len(saved)} times in one sample_routing context and is now recomputed by "
+                "activation checkpointing, which does not say which time it repeats: open one context for each "
+                "forward pass"
+            )
+        return saved[0]
+
+
+class RoutedModule:
+    """Mixed into every module that has routing sites: how the contexts find them."""
+
+    def active_sites(self) -> dict[str, tuple[RoutingSite, Tensor]]:
+        """(site, router parameter [n, in]) of every active pool of adapters, by adapter name."""
+        raise NotImplementedError(f"{type(self).__name__} must say which sites it has")
+
+
+def find_sites(model: nn.Module) -> dict[str, RoutingSite]:
+    """Every routing site of a model by module name (with `.adapter` when a module has several active).
+
+    Raises:
+        ValueError: There is none.
+    """
+    sites: dict[str, RoutingSite] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, RoutedModule):
+            continue
+        active = module.active_sites()
+        for adapter, (site, router) in active.items():
+            site.router_weight = router
+            sites[name if len(active) == 1 else f"{name}.{adapter}"] = site
+    if not sites:
+        raise ValueError(
+            f"{type(model).__name__} has no routed layer; wrap it with get_peft_model(model, ReMixConfig(...)) or "
+            "put RoutedLoRALinear modules into it"
+        )
+    return sites

@@ -1,0 +1,263 @@
+"""`ReMixTrainer`: transformers' Trainer, with M sampled selections a step and the router trained by RLOO."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from remix_model.losses import token_losses
+from remix_model.routing import RoutingState, sample_routing
+from remix_model.site import find_sites, mix_seed
+from remix_model.stats import RoutingRecorder
+from remix_model.training_args import ReMixArguments, ReMixTrainingArguments
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+ROUTER_PARAMETER = "remix_router"
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient stopped being a number; training stopped before the optimizer saw it."""
+
+
+class ReMixTrainerMixin(_Base):
+    """What every ReMix trainer does differently from its parent, to be mixed in before it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent's; checks that the model has routers and that M suffices to train them.
+
+        Raises:
+            ValueError: The model has no routed layer, or M < 2 with trainable routers.
+        """
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, ReMixArguments):
+            raise ValueError(
+                f"args is {type(self.args).__name__}; use ReMixTrainingArguments (or ReMixSFTConfig)"
+            )
+        sites = find_sites(self.model)
+        trained = any(site.router_is_trained() for site in sites.values())
+        if trained and self.args.remix_num_selections < 2:
+            raise ValueError(
+                f"remix_num_selections={self.args.remix_num_selections} with trainable routers: RLOO's baseline "
+                "needs at least 2 (or freeze the routers with requires_grad_(False))"
+            )
+        self.loss_is_scaled_for_ga = True
+        self._recorder = RoutingRecorder(self.model)
+        self._window: list[dict[str, Tensor]] = []
+        self._micro_step = (-1, 0)
+        self._grad_norms: dict[str, Tensor] = {}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """In training, M sampled selections in one folded pass; in evaluation, the parent's top-k loss."""
+        if not model.training:
+            return self.evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
+        args: Any = self.args
+        with sample_routing(
+            self.accelerator.unwrap_model(model),
+            args.remix_num_selections,
+            credit=args.remix_credit,
+            log_prob=args.remix_log_prob,
+            logprob_tokens=args.remix_logprob_tokens,
+            seed=self._selection_seed(),
+        ) as routing:
+            batch = routing.expand(inputs)
+            self._recorder.attach()
+            try:
+                losses, mask = token_losses(model, batch)
+            finally:
+                self._recorder.detach()
+            loss = routing.loss(losses, mask, self._normaliser(mask, num_items_in_batch))
+        self._note(routing, mask)
+        return (loss, {}) if return_outputs else loss
+
+    def evaluation_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Any:
+        """The loss under top-k routing, as the parent computes it."""
+        return super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The parent's, and stop on a loss that is not finite.
+
+        Raises:
+            NonFiniteError: The loss is nan or infinite. The optimizer has not stepped; checkpoints are intact.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}, micro-step {self._micro_step[1]}; "
+                "nothing was updated. Lower learning_rate or max_grad_norm, or look at that batch's data"
+            )
+        return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The parent's optimizer, with the routers in a group of their own: own rate, no weight decay."""
+        made_here = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if not made_here:
+            return optimizer
+        named = (self.model if model is None else model).named_parameters()
+        routers = [p for name, p in named if ROUTER_PARAMETER in name and p.requires_grad]
+        ids = {id(p) for p in routers}
+        if not routers:
+            return optimizer
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in ids]
+        rate = self.args.remix_router_learning_rate  # type: ignore[attr-defined]
+        optimizer.add_param_group(
+            {
+                "params": routers,
+                "lr": self.args.learning_rate if rate is None else rate,
+                "weight_decay": 0.0,
+            }
+        )
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip routers and the rest apart: RLOO's noise must not throttle the adapters."""
+        from accelerate.utils import DistributedType
+
+        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            if not getattr(self.accelerator, "is_fsdp2", False):
+                return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        router_limit = self.args.remix_router_max_grad_norm  # type: ignore[attr-defined]
+        limits = {
+            "lora": self.args.max_grad_norm,
+            "router": self.args.max_grad_norm if router_limit is None else router_limit,
+        }
+        total = torch.zeros(())
+        for kind, limit in limits.items():
+            parameters = [
+                p
+                for name, p in model.named_parameters()
+                if p.grad is not None and (ROUTER_PARAMETER in name) == (kind == "router")
+            ]
+            if not parameters:
+                continue
+            norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            self._grad_norms[kind] = norm.detach()
+            total = total.to(norm.device) + norm.detach().square()
+        if not bool(torch.isfinite(total)) and self.accelerator.scaler is None:
+            bad = [
+                name
+                for name, p in model.named_parameters()
+                if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+            ]
+            raise NonFiniteError(
+                f"the gradient of {bad[0] if bad else 'a parameter'} is not finite at step "
+                f"{self.state.global_step + 1} ({len(bad)} parameters); nothing was updated. Lower learning_rate"
+            )
+        return total.sqrt()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The parent's, with `remix/...` metrics since the last training log."""
+        shares: dict[str, list[float]] = {}
+        if "loss" in logs and self._window:
+            keys = self._window[0]
+            logs.update(
+                {key: torch.stack([step[key] for step in self._window]).mean().item() for key in keys}
+            )
+            logs.update({f"remix/grad_norm_{k}": float(v) for k, v in self._grad_norms.items()})
+            stats = self._recorder.stats()
+            logs.update({f"remix/{key}": value for key, value in stats.summary().items()})
+            shares = {layer.name: layer.expert_share for layer in stats.layers}
+            self._window.clear()
+            self._recorder.reset()
+        super().log(logs, start_time)
+        if shares:
+            # Kept in trainer_state.json, not printed: one list a layer.
+            self.state.log_history[-1]["remix/expert_share"] = shares
+
+    def _selection_seed(self) -> int:
+        """A new seed for every step, micro-step and rank; the same again after a resume."""
+        step = self.state.global_step
+        micro = self._micro_step[1] + 1 if self._micro_step[0] == step else 0
+        self._micro_step = (step, micro)
+        return mix_seed(self.args.seed, step, micro, self.accelerator.process_index)
+
+    def _normaliser(self, mask: Tensor, num_items: Tensor | int | None) -> Tensor | float:
+        """N: labelled tokens of the un-replicated batch, over the accumulation and all ranks' average."""
+        if num_items is None:
+            own = mask.count_nonzero() / self.args.remix_num_selections  # type: ignore[attr-defined]
+            return own.clamp(min=1) * self.current_gradient_accumulation_steps
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return torch.as_tensor(num_items).clamp(min=1) / ranks
+
+    def _note(self, routing: RoutingState, mask: Tensor) -> None:
+        """Keep what the next log will average: on the device, no synchronisation."""
+        assert routing.losses is not None and routing.advantages is not None
+        losses, num_selections = routing.losses, routing.num_selections
+        tokens = mask.view(num_selections, -1, mask.shape[1])[0].sum(1).clamp(min=1)
+        share = tokens / tokens.sum()
+        per_token = losses / share / max(self.current_gradient_accumulation_steps, 1)
+        spread = per_token.std(0, correction=0).mean()
+        sequence_advantages = routing.advantages.sum(-1)
+        self._window.append(
+            {
+                "remix/loss_spread": spread,
+                "remix/advantage_std": sequence_advantages.std(correction=0),
+            }
+        )
+
+
+class ReMixTrainer(ReMixTrainerMixin, Trainer):
+    """A `transformers.Trainer` for models with ReMix adapters.
+
+    Args and behaviour are `Trainer`'s, with `ReMixTrainingArguments`. Evaluation and prediction use the
+    top k; `eval_loss` is the mean over all labelled tokens of the evaluation set.
+
+    Source: ReMix (arXiv 2603.10160) section 3.2.
+    """
+
+    args: ReMixTrainingArguments
+
+    def evaluation_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Any:
+        """Mean loss over labelled tokens, logits at those only; the parent's when metrics need all logits."""
+        if self.compute_metrics is not None:
+            return super().evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
+        losses, mask = token_losses(model, inputs)
+        count = mask.count_nonzero()
+        total = losses.sum()
+        self._eval_sums = [a + b.detach() for a, b in zip(self._eval_sums, (total, count), strict=True)]
+        loss = total / count.clamp(min=1)
+        return (loss, {}) if return_outputs else loss
+
+    _eval_sums: list[Any] = [0.0, 0]  # noqa: RUF012  replaced, never mutated
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, with the loss weighted by tokens rather than by batches."""
+        self._eval_sums = [torch.zeros((), device=self.args.device) for _ in range(2)]
+        output = super().evaluation_loop(*args, **kwargs)
+        total, count = self.accelerator.reduce(torch.stack(self._eval_sums).float())
+        if self.compute_metrics is None and output.metrics is not None and float(count) > 0:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics[f"{prefix}_loss"] = float(total) / float(count)
+        return output
+
+

@@ -1,0 +1,200 @@
+"""`ReMixConfig`: everything that is saved with an adapter, validated when it is made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+
+from remix_kernels import BACKENDS, STRATEGIES
+from remix_model.layer import check_pool
+
+PEFT_TYPE = "REMIX"
+ROUTER_TYPES = ("remix",)
+GRANULARITIES = ("token",)
+SHARINGS = ("module",)
+BIASES = ("none", "all", "remix_only")
+
+
+@dataclass
+class ReMixRuntimeConfig:
+    """How to compute, not what: never saved with the adapter.
+
+    Args:
+        backend: As in `remix_kernels.routed_linear`.
+        strategy: As in `remix_kernels.routed_linear`.
+    """
+
+    backend: str = "auto"
+    strategy: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Reject unknown names."""
+        for name, value, known in (
+            ("backend", self.backend, BACKENDS),
+            ("strategy", self.strategy, STRATEGIES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+
+
+@dataclass
+class ReMixConfig(PeftConfig):
+    """Configuration of a ReMix adapter.
+
+    Args:
+        r: Rank of each LoRA.
+        num_experts: n, LoRAs in each layer's pool.
+        top_k: k, LoRAs active for each token.
+        lora_alpha: Numerator of the constant routing weight omega.
+        use_rslora: omega = lora_alpha / sqrt(k r); False: lora_alpha / (k r).
+        lora_dropout: Dropout on the adapters' input. 0 is best: its noise is not the selection's.
+        target_modules: Names or a regular expression of the linears to adapt; None: the feed-forward block's.
+        exclude_modules: Names or a regular expression of linears to leave alone.
+        layers_to_transform: Indices of the layers to adapt; None: all.
+        layers_pattern: Name of the list of layers, when it is not a common one.
+        modules_to_save: Other modules to train and save in full.
+        trainable_token_indices: Token embeddings to train, as in PEFT's LoRA.
+        bias: "none", "all" or "remix_only": which biases are trained.
+        init_lora_weights: True starts B at zero; False starts it random, for tests.
+        routing_granularity: "token".
+        router_sharing: "module": one router a linear.
+        router_type: "remix".
+        router_kwargs: Options of the router type; "remix" has none.
+        router_init_range: Standard deviation of the router's initial weights.
+        router_temperature: Divides the logits.
+        router_detach_input: The router's gradient stops at the router.
+        runtime_config: Backend and strategy; never saved.
+
+    Raises:
+        ValueError: A value is out of range or unknown.
+
+    Source: ReMix (arXiv 2603.10160); defaults as in its rsLoRA type (Table 3).
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of each LoRA."})
+    num_experts: int = field(default=8, metadata={"help": "LoRAs in each layer's pool."})
+    top_k: int = field(default=4, metadata={"help": "LoRAs active for each token."})
+    lora_alpha: float = field(default=2.0, metadata={"help": "Numerator of the routing weight."})
+    use_rslora: bool = field(default=True, metadata={"help": "alpha/sqrt(k r), not alpha/(k r)."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' input."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Linears to adapt; default: the feed-forward block's."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Linears to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Layers to adapt; default: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules to train and save in full."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token embeddings to train."}
+    )
+    bias: str = field(default="none", metadata={"help": "Biases to train: none, all, remix_only."})
+    init_lora_weights: bool = field(default=True, metadata={"help": "Start B at zero."})
+    routing_granularity: str = field(default="token", metadata={"help": "Routed per token."})
+    router_sharing: str = field(default="module", metadata={"help": "One router a linear."})
+    router_type: str = field(default="remix", metadata={"help": "How experts are chosen."})
+    router_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Options of the router type."}
+    )
+    router_init_range: float = field(default=0.02, metadata={"help": "Router's initial std."})
+    router_temperature: float = field(default=1.0, metadata={"help": "Divides the logits."})
+    router_detach_input: bool = field(
+        default=True, metadata={"help": "The router's gradient stops at the router."}
+    )
+    runtime_config: ReMixRuntimeConfig | dict[str, Any] = field(
+        default_factory=ReMixRuntimeConfig, metadata={"help": "Backend and strategy; not saved."}
+    )
+
+    def __post_init__(self) -> None:
+        """Validate, and normalise what JSON cannot hold."""
+        super().__post_init__()
+        from peft.utils.peft_types import PeftType
+
+        self.peft_type = PeftType[PEFT_TYPE]
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.runtime_config, dict):
+            self.runtime_config = ReMixRuntimeConfig(**self.runtime_config)
+        for name in ("r", "num_experts", "top_k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} must be an integer")
+        check_pool(self.num_experts, self.top_k, self.r)
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout={self.lora_dropout}; it must be in [0, 1)")
+        if self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha={self.lora_alpha}; it must be positive")
+        if self.router_temperature <= 0:
+            raise ValueError(f"router_temperature={self.router_temperature}; it must be positive")
+        if self.router_init_range < 0:
+            raise ValueError(f"router_init_range={self.router_init_range}; it must not be negative")
+        for name, known in (
+            ("router_type", ROUTER_TYPES),
+            ("routing_granularity", GRANULARITIES),
+            ("router_sharing", SHARINGS),
+            ("bias", BIASES),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+        if self.router_kwargs:
+            raise ValueError(
+                f"router_kwargs={self.router_kwargs}: router_type={self.router_type!r} has no options"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform to say which layers"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT saves it: without runtime_config."""
+        saved: dict[str, Any] = super().to_dict()
+        saved.pop("runtime_config", None)
+        return saved
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read an adapter's configuration, and refuse a local adapter whose weights cannot be read safely.
+
+        Raises:
+            ValueError: The folder has weights, but not as readable safetensors.
+        """
+        folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
+        if os.path.isdir(folder):
+            check_adapter_file(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def check_adapter_file(folder: str) -> None:
+    """Raise ValueError when a folder's adapter weights are a pickle, truncated or damaged."""
+    path = os.path.join(folder, "adapter_model.safetensors")
+    if not os.path.exists(path):
+        if os.path.exists(os.path.join(folder, "adapter_model.bin")):
+            raise ValueError(
+                f"{folder} holds adapter_model.bin, a pickle that can run code when read; ReMix adapters are "
+                "only read from adapter_model.safetensors: save the adapter again with safe_serialization=True"
+            )
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({error}); the file is truncated or damaged: copy it again"
+        ) from error

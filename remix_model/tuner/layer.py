@@ -1,0 +1,184 @@
+"""`ReMixLayer`: one adapted linear inside a PEFT model.
+
+All experts of an adapter are stacked: `remix_lora_A[adapter] [n, r, in]`, `remix_lora_B[adapter] [n, out, r]`
+and `remix_router[adapter] [n, in]`. Stacked parameters give experts that were not chosen a zero gradient
+rather than none (so DDP needs no search for unused parameters), and leave nothing that PEFT's FSDP
+policy would shard apart from the layer that reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from remix_kernels import routed_linear, routed_lora
+from remix_model.layer import init_pool, routing_scaling
+from remix_model.site import RoutedModule, RoutingSite
+from remix_model.tuner.config import ReMixConfig, ReMixRuntimeConfig
+
+CANNOT_MERGE = (
+    "a ReMix adapter cannot be merged: which LoRAs apply depends on each token, so no single weight equals base "
+    "plus adapter. Keep the adapter separate, or unload() it without merging."
+)
+
+
+class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
+    """A linear with one or several named pools of LoRAs beside it."""
+
+    adapter_layer_names = ("remix_lora_A", "remix_lora_B", "remix_router")
+    other_param_names = ("r", "num_experts", "top_k", "scaling", "remix_dropout", "sites")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: ReMixConfig) -> None:
+        """Wrap base_layer and give it its first adapter."""
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = linear_features(self.get_base_layer())
+        self.remix_lora_A = nn.ParameterDict()
+        self.remix_lora_B = nn.ParameterDict()
+        self.remix_router = nn.ParameterDict()
+        self.remix_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.num_experts: dict[str, int] = {}
+        self.top_k: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.sites: dict[str, RoutingSite] = {}
+        self.detach_router_input: dict[str, bool] = {}
+        self.runtime = ReMixRuntimeConfig()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: ReMixConfig) -> None:
+        """Add the adapter `adapter_name`, or replace it."""
+        n, r = config.num_experts, config.r
+        self.r[adapter_name], self.num_experts[adapter_name] = r, n
+        self.top_k[adapter_name] = config.top_k
+        self.scaling[adapter_name] = routing_scaling(
+            config.lora_alpha, config.top_k, r, config.use_rslora
+        )
+        self.detach_router_input[adapter_name] = config.router_detach_input
+        self.runtime = config.runtime_config  # type: ignore[assignment]
+        self.remix_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+        self.sites[adapter_name] = RoutingSite(n, config.top_k, config.router_temperature)
+        self.remix_lora_A[adapter_name] = nn.Parameter(torch.empty(n, r, self.in_features))
+        self.remix_lora_B[adapter_name] = nn.Parameter(torch.empty(n, self.out_features, r))
+        self.remix_router[adapter_name] = nn.Parameter(torch.empty(n, self.in_features))
+        init_pool(
+            self.remix_lora_A[adapter_name],
+            self.remix_lora_B[adapter_name],
+            self.remix_router[adapter_name],
+            config.router_init_range,
+            zero_b=config.init_lora_weights,
+        )
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def active_sites(self) -> dict[str, tuple[RoutingSite, Tensor]]:
+        """Site and router of every active adapter."""
+        return {
+            name: (self.sites[name], self.remix_router[name])
+            for name in self.active_adapters
+            if name in self.sites
+        }
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: see CANNOT_MERGE."""
+        raise ValueError(CANNOT_MERGE)
+
+    def unmerge(self) -> None:
+        """Refuse: nothing was merged."""
+        raise ValueError(CANNOT_MERGE)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether one LoRA could replace the adapter: no, its delta depends on the token."""
+        return False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                "adapter_names= (another adapter for each row) is not available for ReMix adapters; run one batch "
+                "for each adapter"
+            )
+        names = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.sites]
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        if len(names) == 1 and not args and not kwargs and self._can_fuse(names[0]):
+            return self._forward_fused(x, names[0])
+        y = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            y = self._add_adapter(x, y, name)
+        return y
+
+    def _can_fuse(self, name: str) -> bool:
+        """Whether base and adapter may run as one op: a plain floating-point linear, no dropout, no hooks."""
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and base.weight.is_floating_point()
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and not (self.training and self.remix_dropout[name].p > 0.0)
+        )
+
+    def _forward_fused(self, x: Tensor, name: str) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        routed_x, router = self._router_input(x, name), self.remix_router[name]
+        selection = self.sites[name].select(routed_x, router, self.training)
+        y = routed_linear(
+            x,
+            self.base_layer.weight,
+            self.base_layer.bias,
+            self.remix_lora_A[name],
+            self.remix_lora_B[name],
+            selection.index,
+            self.scaling[name],
+            backend=self.runtime.backend,
+            strategy=self.runtime.strategy,
+        )
+        return self.sites[name].deliver(y, routed_x, router, selection, self.training)
+
+    def _add_adapter(self, x: Tensor, base: Tensor, name: str) -> Tensor:
+        routed_x, router = self._router_input(x, name), self.remix_router[name]
+        selection = self.sites[name].select(routed_x, router, self.training)
+        y = routed_lora(
+            self.remix_dropout[name](x).to(base.dtype),
+            self.remix_lora_A[name],
+            self.remix_lora_B[name],
+            selection.index,
+            self.scaling[name],
+            base=base,
+            backend=self.runtime.backend,
+            strategy=self.runtime.strategy,
+        )
+        return self.sites[name].deliver(y, routed_x, router, selection, self.training)
+
+    def _router_input(self, x: Tensor, name: str) -> Tensor:
+        return x.detach() if self.detach_router_input[name] else x
+
+    def __repr__(self) -> str:
+        """As PEFT's layers print."""
+        return "remix." + super().__repr__()
+
+
+def linear_features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear, quantised or GPT-2's Conv1D included.
+
+    Raises:
+        ValueError: The module is not a linear.
+    """
+    if isinstance(module, nn.Linear) or (
+        hasattr(module, "in_features") and hasattr(module, "out_features")
+    ):
+        return int(module.in_features), int(module.out_features)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return int(module.weight.shape[0]), int(module.nf)
+    raise ValueError(
+        f"target module {type(module).__name__} is not a linear; ReMix adapts linears only: name linears in "
+        "target_modules, or others in exclude_modules"
+    )

@@ -1,0 +1,142 @@
+"""`ReMixModel`: puts a `ReMixLayer` around every target linear of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from remix_model.tuner.config import ReMixConfig
+from remix_model.tuner.layer import CANNOT_MERGE, ReMixLayer
+
+_GATED = ["gate_proj", "up_proj", "down_proj"]
+_TWO = ["fc1", "fc2"]
+FEED_FORWARD_MODULES: dict[str, list[str]] = {
+    **dict.fromkeys(
+        (
+            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "smollm3",
+            "olmo", "olmo2", "olmo3", "granite", "cohere", "cohere2", "stablelm", "deepseek_llm", "exaone4",
+            "helium", "ministral", "seed_oss", "arcee", "hunyuan_v1_dense",
+        ),
+        _GATED,
+    ),
+    **dict.fromkeys(("phi", "opt", "xglm", "bart", "whisper"), _TWO),
+    "phi3": ["gate_up_proj", "down_proj"],
+    "glm": ["gate_up_proj", "down_proj"],
+    "glm4": ["gate_up_proj", "down_proj"],
+    "gpt2": ["c_fc", "mlp.c_proj"],
+    "gpt_bigcode": ["c_fc", "mlp.c_proj"],
+    "starcoder2": ["c_fc", "c_proj"],
+    "gptj": ["fc_in", "fc_out"],
+    "codegen": ["fc_in", "fc_out"],
+    "gpt_neo": ["c_fc", "c_proj"],
+    "gpt_neox": ["dense_h_to_4h", "dense_4h_to_h"],
+    "bloom": ["dense_h_to_4h", "dense_4h_to_h"],
+    "falcon": ["dense_h_to_4h", "dense_4h_to_h"],
+    "t5": ["wi", "wi_0", "wi_1", "wo"],
+}  # fmt: skip
+
+
+class ReMixModel(BaseTuner):
+    """A model whose target linears carry ReMix adapters. Made by `peft.get_peft_model`.
+
+    Source: ReMix (arXiv 2603.10160) section 3.1.
+    """
+
+    prefix: str = "remix_"
+    tuner_layer_cls = ReMixLayer
+    target_module_mapping = FEED_FORWARD_MODULES
+
+    def _prepare_adapter_config(self, peft_config: ReMixConfig, model_config: dict) -> ReMixConfig:
+        if peft_config.target_modules is None and model_config.get("model_type") not in FEED_FORWARD_MODULES:
+            raise ValueError(
+                f"the feed-forward linears of model type {model_config.get('model_type')!r} are not known; name "
+                "them in target_modules, e.g. ['gate_proj', 'up_proj', 'down_proj']"
+            )
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _create_and_replace(
+        self,
+        peft_config: ReMixConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, ReMixLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        try:
+            layer = ReMixLayer(target, adapter_name, peft_config)
+        except ValueError as error:
+            raise ValueError(f"{current_key}: {error}") from error
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Let all sites share one flag, so that the warning about an untrained router comes once a model."""
+        warned = [False]
+        for module in model.modules():
+            if isinstance(module, ReMixLayer):
+                for site in module.sites.values():
+                    site.warned = warned
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(CANNOT_MERGE)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Refuse: see CANNOT_MERGE."""
+        raise ValueError(CANNOT_MERGE)
+
+    def activated_parameters(self) -> int:
+        """Adapter parameters that one token passes through: k of n LoRAs, and the routers."""
+        total = 0
+        for module in self.model.modules():
+            if not isinstance(module, ReMixLayer):
+                continue
+            for name in module.active_sites():
+                pool = module.remix_lora_A[name].numel() + module.remix_lora_B[name].numel()
+                total += pool // module.num_experts[name] * module.top_k[name]
+                total += module.remix_router[name].numel()
+        return total
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: ReMixConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        _check_loaded(model, config, remapped, cls.prefix, adapter_name)
+        return remapped
+
+
+def _check_loaded(
+    model: nn.Module, config: ReMixConfig, loaded: dict[str, torch.Tensor], prefix: str, adapter_name: str
+) -> None:
+    """Raise ValueError when adapter weights do not belong to this model: missing, unknown or misshapen."""
+    expected = {
+        key: tensor.shape
+        for key, tensor in model.state_dict().items()
+        if f".{prefix}" in key and key.endswith(f".{adapter_name}")
+    }
+    found = {key: tensor.shape for key, tensor in loaded.items() if f".{prefix}" in key}
+    fix = f"the adapter was trained for base model {config.base_model_name_or_path!r}; load that one"
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        kind, key = ("lacks", missing[0]) if missing else ("holds unknown", unknown[0])
+        raise ValueError(
+            f"the adapter {kind} {key} ({len(missing)} tensors missing, {len(unknown)} unknown): {fix}"
+        )
+    for key, shape in expected.items():
+        if found[key] != shape:
+            raise ValueError(
+                f"{key} is {list(found[key])} in the adapter and {list(shape)} in this model: {fix}"
+            )

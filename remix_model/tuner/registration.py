@@ -1,0 +1,67 @@
+"""Makes "REMIX" a PEFT method like any other, from outside PEFT."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from remix_model.tuner.config import PEFT_TYPE, ReMixConfig
+from remix_model.tuner.model import ReMixModel
+
+CARD_HEADING = "### Loading this adapter"
+CARD_USAGE = f"""{CARD_HEADING}
+
+This is a [ReMix](https://arxiv.org/abs/2603.10160) adapter: a mixture of LoRAs with a trained router. Import
+`remix_model` first, which teaches PEFT the method:
+
+```python
+import remix_model  # registers "REMIX" with PEFT
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/or/hub-id/of/this/adapter")
+```
+"""
+
+
+def register() -> None:
+    """Extend PEFT's enum and mappings, and have model cards carry the import line. Safe to call again.
+
+    PEFT reads `.peft_type.value` in several places, so the enum itself gets a member: the two look-up
+    tables that `enum` keeps are public behaviour of `Enum` only through its constructor, hence the direct
+    assignment.
+    """
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import register_peft_method
+    from peft.utils.peft_types import PeftType
+
+    if PEFT_TYPE not in PeftType.__members__:
+        member = str.__new__(PeftType, PEFT_TYPE)
+        member._name_, member._value_ = PEFT_TYPE, PEFT_TYPE
+        PeftType._member_map_[PEFT_TYPE] = member
+        PeftType._value2member_map_[PEFT_TYPE] = member
+        PeftType._member_names_.append(PEFT_TYPE)
+        type.__setattr__(PeftType, PEFT_TYPE, member)
+    if PeftType(PEFT_TYPE) not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name=PEFT_TYPE.lower(), config_cls=ReMixConfig, model_cls=ReMixModel)
+        _extend_model_card()
+
+
+def _extend_model_card() -> None:
+    """PEFT writes the card in PeftModel, which a tuner cannot override: add our section after it."""
+    from peft import PeftModel
+
+    write_card = PeftModel.create_or_update_model_card
+
+    @functools.wraps(write_card)
+    def write_card_with_usage(self: Any, output_dir: str) -> None:
+        write_card(self, output_dir)
+        if not any(isinstance(config, ReMixConfig) for config in self.peft_config.values()):
+            return
+        path = f"{output_dir}/README.md"
+        with open(path, encoding="utf-8") as file:
+            card = file.read()
+        if CARD_HEADING not in card:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(f"\n\n{CARD_USAGE}")
+
+    PeftModel.create_or_update_model_card = write_card_with_usage
