@@ -1,10 +1,10 @@
-"""Kernels for mixtures of LoRAs: grouped, gathered low-rank matmuls over per-token selected adapters.
+"""Kernels for mixtures of LoRAs: low-rank matmuls over per-token selected adapters.
 
 Four functions are public, each with a plain-loop oracle in `remix_kernels.reference`:
 
     routed_lora         sum_j w_j B_{i_j} A_{i_j} x            (optionally added to a base output)
     routed_linear       W x + b + the same sum, in one op
-    sample_top_k        k experts drawn without replacement, Gumbel top-k on a counter-based generator
+    sample_top_k        k experts drawn without replacement: Gumbel top-k, counter-based
     selection_log_prob  the Plackett-Luce log-probability of such a draw
 
 Only torch is imported; nothing touches a device at import.

@@ -21,7 +21,9 @@ STRATEGIES = ("auto", "dense", "grouped", "gather")
 
 _FLOP_PER_S = 1.0e11
 _BYTES_PER_S = 1.0e10
-_EXPERT_CALL_S = 2.5e-5  # a non-empty expert in the grouped strategy: index_select, two GEMMs, index_add
+_EXPERT_CALL_S = (
+    2.5e-5  # a non-empty expert in the grouped strategy: index_select, two GEMMs, index_add
+)
 _SLOT_CALL_S = 1.2e-5  # a (row, slot) in the gather strategy: two matrix-vector products
 _DENSE_CALL_S = 2.0e-5
 

@@ -7,7 +7,8 @@ batch and any number of threads give the same experts. The layout, shared by all
     counter  (row low 32 bits, row high 32 bits, expert // 4, 0)
     word     expert % 4 of the four output words
 
-Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", Philox-4x32 with ten rounds.
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", Philox-4x32 with ten
+    rounds.
 """
 
 from __future__ import annotations

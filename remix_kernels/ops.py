@@ -9,6 +9,17 @@ from torch import Tensor
 
 from remix_kernels import reference
 from remix_kernels._dispatch import resolve_backend, resolve_strategy
+from remix_kernels.torch_dense import DenseRouted
+from remix_kernels.torch_gather import GatherRouted
+from remix_kernels.torch_grouped import GroupedRouted
+from remix_kernels.torch_sampling import OrderedLogProb
+from remix_kernels.torch_sampling import sample_top_k as torch_sample_top_k
+
+ROUTED: dict[str, type[torch.autograd.Function]] = {
+    "dense": DenseRouted,
+    "grouped": GroupedRouted,
+    "gather": GatherRouted,
+}
 
 
 def routed_lora(
@@ -27,21 +38,22 @@ def routed_lora(
     Args:
         x: [..., in], floating point. The computation runs in its dtype.
         lora_A: [n, r, in], or [1, r, in] when all experts share one A. Any floating dtype.
-        lora_B: [n, out, r]. Any floating dtype and strides; a view of [n, r, out] is packed without a copy.
-        top_k_index: Integer [..., k], the experts of each row, distinct within a row. Or [M, ..., k]: M
-            selections of the same x, computed in one call.
+        lora_B: [n, out, r]. Any floating dtype and strides; a view of [n, r, out] is packed
+            without a copy.
+        top_k_index: Integer [..., k], the experts of each row, distinct within a row. Or [M, ...,
+            k]: M selections of the same x, computed in one call.
         top_k_weights: A number, or a tensor shaped like top_k_index.
         base: Added to the result, never written to; shaped like the result, dtype of x.
         backend: "auto", "torch" or "reference". REMIX_BACKEND replaces "auto".
         strategy: "auto" (by the cost model), "dense", "grouped" or "gather".
 
     Returns:
-        [..., out] (or [M, ..., out]) in the dtype of x. Differentiable in x, lora_A, lora_B, base and tensor
-        weights; once only.
+        [..., out] (or [M, ..., out]) in the dtype of x. Differentiable in x, lora_A, lora_B, base
+        and tensor weights; once only.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together, an expert is out of range or chosen twice,
-            or the backend or strategy is unknown.
+        ValueError: Shapes, dtypes or devices do not fit together, an expert is out of range or
+            chosen twice, or the backend or strategy is unknown.
         TypeError: An argument that should be a tensor is not.
 
     Source: ReMix (arXiv 2603.10160) section 3.1, eq. 5, with general weights.
@@ -51,7 +63,8 @@ def routed_lora(
         base.shape != shape or base.dtype != x.dtype or base.device != x.device
     ):
         raise ValueError(
-            f"base is {_describe(base)}; it must be {list(shape)}, {x.dtype} on {x.device} like the result"
+            f"base is {_describe(base)}; it must be {list(shape)}, {x.dtype} on {x.device} like "
+            "the result"
         )
     if resolve_backend(backend, x) == "reference":
         return reference.routed_lora_ref(x, lora_A, lora_B, top_k_index, top_k_weights, base=base)
@@ -74,12 +87,13 @@ def routed_linear(
 ) -> Tensor:
     """A frozen linear and each row's adapters in one op: y = W x + b + sum_j w_j B_{i_j} A_{i_j} x.
 
-    One op rather than two keeps one [T, out] output alive and adds the adapters' gradient for x into the
-    linear's in place.
+    One op rather than two keeps one [T, out] output alive and adds the adapters' gradient for x
+    into the linear's in place.
 
     Args:
         x: [..., in], floating point.
-        weight: [out, in]. Frozen; should it require a gradient, it gets one through torch's own linear.
+        weight: [out, in]. Frozen; should it require a gradient, it gets one through torch's own
+            linear.
         bias: [out] or None, likewise.
         lora_A: As in `routed_lora`.
         lora_B: As in `routed_lora`.
@@ -121,11 +135,13 @@ def sample_top_k(
 ) -> Tensor:
     """Draw k distinct experts a row from softmax(logits), without replacement, in order.
 
-    The draw is a pure function of (seed, offset + row, logits): the same on every backend, thread count and
-    split of the batch, so `sample_top_k(z[a:], k, seed=s, offset=a)` equals rows `a:` of the whole.
+    The draw is a pure function of (seed, offset + row, logits): the same on every backend, thread
+    count and split of the batch, so `sample_top_k(z[a:], k, seed=s, offset=a)` equals rows `a:` of
+    the whole.
 
     Args:
-        logits: [..., n], floating point; rows are counted over all leading dimensions. Computed in fp32.
+        logits: [..., n], floating point; rows are counted over all leading dimensions. Computed in
+            fp32.
         k: Experts to draw, 1 <= k <= n.
         seed: 64-bit integer. Give every module and every step its own: equal seeds are equal noise.
         offset: Counter of the first row, >= 0.
@@ -135,7 +151,8 @@ def sample_top_k(
         int32 [..., k], first draw first. No gradient.
 
     Raises:
-        ValueError: k or offset is out of range, or logits is not a floating-point tensor with experts.
+        ValueError: k or offset is out of range, or logits is not a floating-point tensor with
+            experts.
 
     Source: ReMix (arXiv 2603.10160) section 3.2; Gumbel top-k, Kool et al. 2019, arXiv 1903.06059.
     """
@@ -147,9 +164,7 @@ def sample_top_k(
         raise ValueError(f"offset={offset} is negative; it is the counter of the first row")
     if resolve_backend(backend, logits) == "reference":
         return reference.sample_top_k_ref(logits, k, seed=seed, offset=offset)
-    from remix_kernels import torch_sampling
-
-    index = torch_sampling.sample_top_k(logits.reshape(-1, n), k, seed, offset)
+    index = torch_sample_top_k(logits.reshape(-1, n), k, seed, offset)
     return index.view(*logits.shape[:-1], k)
 
 
@@ -161,7 +176,8 @@ def selection_log_prob(
     Args:
         logits: [..., n], floating point.
         top_k_index: Integer [..., k] with the leading dimensions of logits, distinct within a row.
-        unordered: The probability of the set, summed over orders. Only in the reference backend so far.
+        unordered: The probability of the set, summed over orders. Only in the reference backend so
+            far.
         backend: "auto", "torch" or "reference".
 
     Returns:
@@ -171,13 +187,15 @@ def selection_log_prob(
         ValueError: Shapes or devices do not fit, an expert is out of range or drawn twice, or
             unordered=True outside the reference backend.
 
-    Source: ReMix (arXiv 2603.10160) section 3.2: sum_j [z_{i_j} - logsumexp(z over experts not drawn yet)].
+    Source: ReMix (arXiv 2603.10160) section 3.2: sum_j [z_{i_j} - logsumexp(z over experts not
+        drawn yet)].
     """
     _check_logits(logits)
     _check_index(top_k_index, logits.shape[-1], logits.device)
     if top_k_index.shape[:-1] != logits.shape[:-1]:
         raise ValueError(
-            f"top_k_index is {list(top_k_index.shape)} and logits {list(logits.shape)}: all but the last "
+            f"top_k_index is {list(top_k_index.shape)} and logits {list(logits.shape)}: all but "
+            "the last "
             "dimension must agree"
         )
     if resolve_backend(backend, logits) == "reference":
@@ -185,15 +203,12 @@ def selection_log_prob(
         return reference.selection_log_prob_ref(z, top_k_index, unordered=unordered)
     if unordered:
         raise ValueError(
-            "unordered=True is not available in the torch backend of this version; use unordered=False, or "
+            "unordered=True is not available in the torch backend of this version; use "
+            "unordered=False, or "
             "backend='reference' for small inputs"
         )
-    from remix_kernels import torch_sampling
-
     n, k = logits.shape[-1], top_k_index.shape[-1]
-    log_prob = torch_sampling.OrderedLogProb.apply(
-        logits.reshape(-1, n), top_k_index.reshape(-1, k)
-    )
+    log_prob = OrderedLogProb.apply(logits.reshape(-1, n), top_k_index.reshape(-1, k))
     return log_prob.view(logits.shape[:-1])
 
 
@@ -216,20 +231,14 @@ def _run_torch(
     if isinstance(weights, Tensor):
         weights = weights.reshape(-1, k)
     name = resolve_strategy(strategy, index.shape[0], lora_A, lora_B, k)
-    if name == "dense":
-        from remix_kernels.torch_dense import DenseRouted as Routed
-    elif name == "grouped":
-        from remix_kernels.torch_grouped import GroupedRouted as Routed
-    else:
-        from remix_kernels.torch_gather import GatherRouted as Routed
     rows = x.reshape(-1, x.shape[-1])
     if base is not None:
         base = base.reshape(-1, base.shape[-1])
     if rows.shape[0] == 0:
-        # No rows: the sum of nothing, still attached to every input so that gradients are zeros, not None.
+        # The sum of nothing, still attached to every input: gradients are zeros, not None.
         zero = lora_A.sum() * 0 + lora_B.sum() * 0 + rows.sum().to(lora_A.dtype) * 0
         return (x.new_zeros(shape) + zero.to(x.dtype)) if base is None else base.view(shape) + zero
-    y = Routed.apply(rows, weight, bias, base, lora_A, lora_B, index, weights)
+    y = ROUTED[name].apply(rows, weight, bias, base, lora_A, lora_B, index, weights)
     return y.view(shape)
 
 
@@ -246,13 +255,15 @@ def _check_routed(
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them")
     if x.dim() < 1 or lora_A.dim() != 3 or lora_B.dim() != 3:
         raise ValueError(
-            f"x {list(x.shape)}, lora_A {list(lora_A.shape)}, lora_B {list(lora_B.shape)} must be [..., in], "
+            f"x {list(x.shape)}, lora_A {list(lora_A.shape)}, lora_B {list(lora_B.shape)} must be "
+            "[..., in], "
             "[n, r, in] and [n, out, r]"
         )
     n, out, r = lora_B.shape
     if lora_A.shape[0] not in (1, n) or lora_A.shape[1:] != (r, x.shape[-1]) or r < 1:
         raise ValueError(
-            f"lora_A is {list(lora_A.shape)}; with x {list(x.shape)} and lora_B {list(lora_B.shape)} it must "
+            f"lora_A is {list(lora_A.shape)}; with x {list(x.shape)} and lora_B "
+            f"{list(lora_B.shape)} it must "
             f"be [{n}, {r}, {x.shape[-1]}] (or [1, ...] when shared) with r >= 1"
         )
     _check_index(top_k_index, n, x.device)
@@ -270,7 +281,8 @@ def _check_routed(
             )
         if not top_k_weights.is_floating_point() or top_k_weights.device != x.device:
             raise ValueError(
-                f"top_k_weights is {_describe(top_k_weights)}; it must be floating point on {x.device}"
+                f"top_k_weights is {_describe(top_k_weights)}; it must be floating point on "
+                f"{x.device}"
             )
     elif not isinstance(top_k_weights, (int, float)):
         raise TypeError(
@@ -282,7 +294,8 @@ def _check_routed(
 def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, out: int) -> None:
     if weight.shape != (out, x.shape[-1]) or not weight.is_floating_point():
         raise ValueError(
-            f"weight is {_describe(weight)}; with x {list(x.shape)} and lora_B for {out} outputs it must be "
+            f"weight is {_describe(weight)}; with x {list(x.shape)} and lora_B for {out} outputs "
+            "it must be "
             f"floating point [{out}, {x.shape[-1]}]"
         )
     if bias is not None and bias.shape != (out,):
@@ -292,7 +305,7 @@ def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, out: int) -> N
 
 
 def _check_index(index: Tensor, n: int, device: torch.device) -> None:
-    """Integer, on the right device, k <= n, and (where it costs no device sync) in range and distinct."""
+    """Check the type, k <= n, and (where it costs no device sync) range and distinctness."""
     if not isinstance(index, Tensor):
         raise TypeError(f"top_k_index must be a tensor, got {type(index).__name__}")
     if index.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
@@ -313,13 +326,14 @@ def _check_index(index: Tensor, n: int, device: torch.device) -> None:
             f"top_k_index holds {low if low < 0 else high}; experts are numbered 0 to {n - 1}"
         )
     if index.shape[-1] > 1:
-        ordered = index.sort(dim=-1).values
-        same = ordered[..., 1:] == ordered[..., :-1]
-        if bool(same.any()):
+        pairs = index.unsqueeze(-1) == index.unsqueeze(-2)
+        if int(pairs.count_nonzero()) != index.numel():  # more equal pairs than the diagonal
+            same = pairs.sum(-1) > 1
             row = int(same.reshape(-1, same.shape[-1]).any(-1).nonzero()[0])
             raise ValueError(
                 f"top_k_index chooses an expert twice in row {row}: "
-                f"{index.reshape(-1, index.shape[-1])[row].tolist()}; the k experts of a row must be distinct"
+                f"{index.reshape(-1, index.shape[-1])[row].tolist()}; the k experts of a row must "
+                "be distinct"
             )
 
 
@@ -327,7 +341,9 @@ def _check_logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
     if not logits.is_floating_point() or logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits is {_describe(logits)}; it must be floating point [..., n], n >= 1")
+        raise ValueError(
+            f"logits is {_describe(logits)}; it must be floating point [..., n], n >= 1"
+        )
 
 
 def _describe(tensor: Tensor) -> str:

@@ -88,7 +88,7 @@ def philox_words(seed: int, row: int, block: int) -> tuple[int, int, int, int]:
 
 
 def sample_top_k_ref(logits: Tensor, k: int, *, seed: int, offset: int = 0) -> Tensor:
-    """`remix_kernels.sample_top_k` with Python integers and floats, one row and expert at a time."""
+    """`remix_kernels.sample_top_k` in Python numbers, one row and expert at a time."""
     n = logits.shape[-1]
     rows = logits.detach().reshape(-1, n).tolist()
     picks = []
@@ -108,7 +108,8 @@ def selection_log_prob_ref(
 ) -> Tensor:
     """`remix_kernels.selection_log_prob` in the dtype of `logits`, step by step.
 
-    Ordered: sum_j [z_{i_j} - logsumexp(z over experts not drawn yet)] (ReMix section 3.2). Unordered:
+    Ordered: sum_j [z_{i_j} - logsumexp(z over experts not drawn yet)] (ReMix section 3.2).
+        Unordered:
     the log of the sum of that probability over all k! orders of the same set.
     """
     from itertools import permutations

@@ -1,16 +1,20 @@
 """Dense strategy: all n experts in one GEMM along the rank axis, the selection as a mask.
 
-    H = (x A_all^T) * mask          A_all [n r, in], mask[t, i] = w[t, j] where index[t, j] = i, else 0
-    y = x W^T + b + H B_all         B_all [n r, out], added in place: R = n r more columns of K
+    H = (A_all x^T) * mask          A_all [n r, in], mask[i, t] = w[t, j] where index[t, j] = i,
+    else 0 y = x W^T + b + H^T B_all       B_all [n r, out], added in place: R = n r more columns
+    of K
 
-    dH = dy B_all^T                 dB_all = H^T dy
-    d(xA) = dH * mask               dA_all = d(xA)^T x,   dx = dy W + d(xA) A_all
+    dH = B_all dy^T                 dB_all = H dy
+    d(Ax) = dH * mask               dA_all = d(Ax) x,   dx = dy W + d(Ax)^T A_all
 
 No sort, no padding, no atomics; x and dy are read once each. The weight multiplies H (r numbers an
-expert), never y. `lora_A [1, r, in]` is shared by all experts: the same formulas broadcast.
+expert), never y. H is kept transposed, [n r, rows]: every product with it is then the shape that
+CPU GEMMs run fastest, and the mask meets it along contiguous rows. `lora_A [1, r, in]` is shared
+by all
+experts: the same formulas broadcast.
 
-With x [T, in] and an index [M, T, k], x A_all^T and x W^T are computed once for all M selections, and
-dy is summed over M before it meets W.
+With x [T, in] and an index [M, T, k], A_all x^T and x W^T are computed once for all M selections,
+and dy is summed over M before it meets W.
 """
 
 from __future__ import annotations
@@ -24,11 +28,11 @@ from remix_kernels._frozen import frozen_dx, start_output
 
 
 def selection_mask(index: Tensor, weights: Tensor | float, n: int, dtype: torch.dtype) -> Tensor:
-    """index [P, k], weights [P, k] or a number -> [P, n] in `dtype`."""
-    mask = torch.zeros(index.shape[0], n, dtype=dtype, device=index.device)
+    """index [P, k], weights [P, k] or a number -> [n, P] in `dtype`."""
+    mask = torch.zeros(n, index.shape[0], dtype=dtype, device=index.device)
     if isinstance(weights, Tensor):
-        return mask.scatter_(1, index, weights.to(dtype))
-    return mask.scatter_(1, index, weights)
+        return mask.scatter_(0, index.T, weights.to(dtype).T)
+    return mask.scatter_(0, index.T, weights)
 
 
 def pack_a(lora_A: Tensor, dtype: torch.dtype) -> Tensor:
@@ -37,15 +41,19 @@ def pack_a(lora_A: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pack_b(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, out, r] -> [n r, out]: a view when lora_B is itself a view of [n, r, out]."""
-    return lora_B.to(dtype).transpose(1, 2).reshape(-1, lora_B.shape[1])
+    """[n, out, r] -> [n r, out]: a view when lora_B is one of [n, r, out], else one copy."""
+    n, out, r = lora_B.shape
+    lora_B = lora_B.to(dtype)
+    if lora_B.stride(1) == 1:
+        return lora_B.transpose(1, 2).reshape(n * r, out)
+    return lora_B.permute(1, 0, 2).reshape(out, n * r).T
 
 
 class DenseRouted(torch.autograd.Function):
     """y [M T, out] from x [T, in] and index [M T, k]; added to x W^T + b, to base, or alone."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
@@ -57,56 +65,49 @@ class DenseRouted(torch.autograd.Function):
         weights: Tensor | float,
     ) -> Tensor:
         rows, n, r = x.shape[0], lora_B.shape[0], lora_B.shape[2]
-        num_selections = index.shape[0] // rows if rows else 1
+        m = index.shape[0] // rows
         mask = selection_mask(index.long(), weights, n, x.dtype)
-        shrunk = x @ pack_a(lora_A, x.dtype).T
-        hidden = _masked(shrunk, mask, num_selections, rows, n, r)
+        shrunk = pack_a(lora_A, x.dtype) @ x.T
+        masked = shrunk.view(-1, r, 1, rows) * mask.view(n, 1, m, rows)
+        hidden = masked.view(n * r, m * rows)
         packed_b = pack_b(lora_B, x.dtype)
         if base is not None:
-            y = torch.addmm(base, hidden, packed_b)
+            y = torch.addmm(base, hidden.T, packed_b)
         elif weight is not None:
-            y = start_output(x, weight, bias, None, index.shape[0], lora_B.shape[1])
-            y.addmm_(hidden, packed_b)
+            y = start_output(x, weight, bias, None, m * rows, lora_B.shape[1])
+            y.addmm_(hidden.T, packed_b)
         else:
-            y = hidden @ packed_b
+            y = hidden.T @ packed_b
         tensor_weights = weights if isinstance(weights, Tensor) else None
         learned = tensor_weights is not None and tensor_weights.requires_grad
-        ctx.num_selections = num_selections
-        ctx.save_for_backward(
-            x, weight, lora_A, lora_B, index, tensor_weights, mask, hidden, shrunk if learned else None
-        )
+        kept = shrunk if learned else None
+        ctx.save_for_backward(x, weight, lora_A, lora_B, index, tensor_weights, mask, hidden, kept)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, index, weights, mask, hidden, shrunk = ctx.saved_tensors
         need_x, _, _, need_base, need_a, need_b, _, need_w = ctx.needs_input_grad
         rows, n, r = x.shape[0], lora_B.shape[0], lora_B.shape[2]
-        m = ctx.num_selections
+        m = dy.shape[0] // rows
         dx = dlora_a = dlora_b = dweights = None
         if need_b:
-            dlora_b = (hidden.T @ dy).view(n, r, -1).transpose(1, 2).to(lora_B.dtype)
+            dlora_b = (hidden @ dy).view(n, r, -1).transpose(1, 2).to(lora_B.dtype)
         if need_x or need_a or need_w:
-            dhidden = dy @ pack_b(lora_B, x.dtype).T
+            dhidden = (pack_b(lora_B, x.dtype) @ dy.T).view(n, r, m, rows)
             if need_w:
-                products = dhidden.view(m, rows, n, r) * shrunk.view(1, rows, -1, r)
-                dmask = products.sum(-1).view(m * rows, n)
-                dweights = dmask.gather(1, index.long()).to(weights.dtype)
-            dshrunk = dhidden.view(m, rows, n, r).mul_(mask.view(m, rows, n, 1))
-            dshrunk = dshrunk.sum(0) if m > 1 else dshrunk[0]
-            dshrunk = dshrunk.sum(1) if lora_A.shape[0] == 1 else dshrunk.view(rows, n * r)
+                dmask = (dhidden * shrunk.view(-1, r, 1, rows)).sum(1).view(n, m * rows)
+                dweights = dmask.T.gather(1, index.long()).to(weights.dtype)
+            dshrunk = dhidden.mul_(mask.view(n, 1, m, rows))
+            dshrunk = dshrunk.sum(2) if m > 1 else dshrunk[:, :, 0]
+            dshrunk = dshrunk.sum(0) if lora_A.shape[0] == 1 else dshrunk.view(n * r, rows)
             if need_a:
-                dlora_a = (dshrunk.T @ x).view(lora_A.shape).to(lora_A.dtype)
+                dlora_a = (dshrunk @ x).view(lora_A.shape).to(lora_A.dtype)
             if need_x:
                 packed_a = pack_a(lora_A, x.dtype)
                 if weight is None:
-                    dx = dshrunk @ packed_a
+                    dx = dshrunk.T @ packed_a
                 else:
-                    dx = frozen_dx(dy, x, weight).addmm_(dshrunk, packed_a)
+                    dx = frozen_dx(dy, x, weight).addmm_(dshrunk.T, packed_a)
         return dx, None, None, dy if need_base else None, dlora_a, dlora_b, None, dweights
-
-
-def _masked(shrunk: Tensor, mask: Tensor, m: int, rows: int, n: int, r: int) -> Tensor:
-    """[T, n r or r] times mask [M T, n] -> [M T, n r]."""
-    return (shrunk.view(1, rows, -1, r) * mask.view(m, rows, n, 1)).view(m * rows, n * r)

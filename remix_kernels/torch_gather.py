@@ -20,7 +20,7 @@ class GatherRouted(torch.autograd.Function):
     """y [M T, out] from x [T, in] and index [M T, k]; added to x W^T + b, to base, or alone."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
@@ -40,7 +40,7 @@ class GatherRouted(torch.autograd.Function):
             row = x[p % rows]
             for j, i in enumerate(experts):
                 hidden = lora_A[0 if shared_a else i].to(x.dtype).mv(row)
-                scale = weights if scales is None else scales[p][j]
+                scale: Any = weights if scales is None else scales[p][j]
                 y[p].addmv_(lora_B[i].to(x.dtype), hidden, alpha=scale)
         tensor_weights = weights if isinstance(weights, Tensor) else None
         ctx.scale = None if isinstance(weights, Tensor) else weights
@@ -50,7 +50,7 @@ class GatherRouted(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, weights = ctx.saved_tensors
         rows = x.shape[0]
         scales = None if weights is None else weights.tolist()
@@ -70,4 +70,13 @@ class GatherRouted(torch.autograd.Function):
                 dlora_b[i] += scale * torch.outer(dy[p], hidden)
                 dlora_a[ia] += scale * torch.outer(dhidden, x[t])
                 dx[t].addmv_(a.T, dhidden, alpha=scale)
-        return dx, None, None, dy if ctx.needs_input_grad[3] else None, dlora_a, dlora_b, None, dweights
+        return (
+            dx,
+            None,
+            None,
+            dy if ctx.needs_input_grad[3] else None,
+            dlora_a,
+            dlora_b,
+            None,
+            dweights,
+        )

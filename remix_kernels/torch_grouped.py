@@ -14,6 +14,7 @@ offsets are read on the host: on CUDA that is one synchronisation a call.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ def sort_pairs(index: Tensor, rows: int, n: int) -> Pairs:
 
 def each_expert(offsets: list[int]) -> list[tuple[int, slice]]:
     """(expert, its slice of the pairs) for every expert that has any."""
-    spans = zip(offsets, offsets[1:], strict=False)
+    spans = pairwise(offsets)
     return [(i, slice(low, high)) for i, (low, high) in enumerate(spans) if high > low]
 
 
@@ -52,7 +53,7 @@ class GroupedRouted(torch.autograd.Function):
     """y [M T, out] from x [T, in] and index [M T, k]; added to x W^T + b, to base, or alone."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
@@ -77,13 +78,21 @@ class GroupedRouted(torch.autograd.Function):
         ctx.scale = None if isinstance(scale, Tensor) else scale
         tensor_weights = weights if isinstance(weights, Tensor) else None
         ctx.save_for_backward(
-            x, weight, lora_A, lora_B, tensor_weights, shrunk, pairs.order, pairs.x_rows, pairs.y_rows
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            tensor_weights,
+            shrunk,
+            pairs.order,
+            pairs.x_rows,
+            pairs.y_rows,
         )
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, weights, shrunk, order, x_rows, y_rows = ctx.saved_tensors
         need_x, _, _, need_base, need_a, need_b, _, need_w = ctx.needs_input_grad
         pairs = Pairs(order, x_rows, y_rows, ctx.offsets)
@@ -123,4 +132,3 @@ def _sorted_weights(weights: Tensor | float, pairs: Pairs, dtype: torch.dtype) -
 
 def _at(scale: Tensor | float, span: slice) -> Tensor | float:
     return scale[span] if isinstance(scale, Tensor) else scale
-

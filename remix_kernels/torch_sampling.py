@@ -1,9 +1,9 @@
 """Sampling without replacement and its log-probability, in PyTorch.
 
-Gumbel top-k: the k largest of z + G with G standard Gumbel are a draw of k experts without replacement
-from softmax(z), in order (Plackett-Luce). With E = -log(1 - u) a standard exponential, G = -log(E).
-u is kept precise near 0, which is where the large Gumbels come from: probabilities down to 2^-32 are
-drawn at their rate.
+Gumbel top-k: the k largest of z + G with G standard Gumbel are a draw of k experts without
+replacement from softmax(z), in order (Plackett-Luce). With E = -log(1 - u) a standard exponential,
+G = -log(E). u is kept precise near 0, which is where the large Gumbels come from: probabilities
+down to 2^-32 are drawn at their rate.
 
 Log-probability of an ordered draw, and its gradient, in one pass each:
 
@@ -29,7 +29,7 @@ _SERIES_BELOW = 2.0**-8  # -log(1-u) by its series below, by the logarithm above
 def sample_top_k(logits: Tensor, k: int, seed: int, offset: int) -> Tensor:
     """The k largest of logits + Gumbel noise. logits [T, n] -> int32 [T, k]."""
     z = logits.detach().float()
-    keys = z - exponential(seed, offset, *z.shape, z.device).log_()
+    keys = z - exponential(seed, offset, z.shape[0], z.shape[1], z.device).log_()
     return keys.topk(k, dim=-1).indices.to(torch.int32)
 
 
@@ -61,7 +61,7 @@ class OrderedLogProb(torch.autograd.Function):
     """log Q of an ordered selection with the gradient in closed form."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
         z = logits if logits.dtype == torch.float64 else logits.float()
         index = index.long()
         drawn, step_lse = step_logsumexp(z, index)
@@ -70,7 +70,7 @@ class OrderedLogProb(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, index, step_lse = ctx.saved_tensors
         dz = log_prob_grad(logits.to(step_lse.dtype), index, step_lse) * grad.unsqueeze(1)
         return dz.to(logits.dtype), None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def leave_one_out(returns: Tensor) -> Tensor:
-    """(R_m - mean_m R) / (M - 1) over the first dimension; zeros for M = 1 (ReMix section 3.2, RLOO)."""
+    """(R_m - mean_m R) / (M - 1) over dimension 0; zeros for M = 1 (ReMix section 3.2)."""
     num_selections = returns.shape[0]
     return (returns - returns.mean(0, keepdim=True)) / max(num_selections - 1, 1)
 

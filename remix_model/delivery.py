@@ -1,10 +1,10 @@
 """How the router's gradient travels: two identity functions and one number between them.
 
-The routed layer's output passes through `DeliverRouterGradient`, which holds the router's input, logits
-and selection. After the forward pass the losses are known, and the advantages are written into the
-shared state; the loss itself passes through `LossTap`. In the backward pass the tap hears by what
-factor the loss was scaled (loss scale, accumulation, averaging over ranks) and each layer's identity
-returns
+The routed layer's output passes through `DeliverRouterGradient`, which holds the router's input,
+logits and selection. After the forward pass the losses are known, and the advantages are written
+into the shared state; the loss itself passes through `LossTap`. In the backward pass the tap hears
+by what factor the loss was scaled (loss scale, accumulation, averaging over ranks) and each
+layer's identity returns
 
     d router = grad_scale * sum_t advantage[t] * d log Q_t / d router
 
@@ -35,7 +35,7 @@ class DeliverRouterGradient(torch.autograd.Function):
     """The identity on y that gives `router` its REINFORCE gradient; zeros when state is None."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         y: Tensor,
         x: Tensor,
@@ -51,7 +51,7 @@ class DeliverRouterGradient(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, router, logits, index = ctx.saved_tensors
         advantages = None if ctx.state is None else ctx.state.row_advantages(x.shape[:-1])
         if advantages is None:
@@ -70,15 +70,15 @@ class DeliverRouterGradient(torch.autograd.Function):
 
 
 class LossTap(torch.autograd.Function):
-    """The identity on the final loss: notes its gradient, and marks recomputations as this state's."""
+    """The identity on the loss: notes its gradient, and whose backward pass is running."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, state: RoutingState) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, loss: Tensor, state: RoutingState) -> Tensor:
         ctx.state = state
         return loss.view_as(loss)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.state.begin_backward(grad)
         return grad, None

@@ -13,7 +13,7 @@ from remix_model.site import RoutedModule, RoutingSite
 
 
 def routing_scaling(lora_alpha: float, top_k: int, r: int, use_rslora: bool) -> float:
-    """omega: that of one LoRA of rank k r, alpha / sqrt(k r) or alpha / (k r) (ReMix section 3.1)."""
+    """Omega, that of one LoRA of rank k r: alpha / sqrt(k r) or alpha / (k r) (section 3.1)."""
     return lora_alpha / (math.sqrt(top_k * r) if use_rslora else top_k * r)
 
 
@@ -55,8 +55,8 @@ def init_pool(
 class RoutedLoRALinear(nn.Module, RoutedModule):
     """y = W x + b + omega * sum over the k chosen experts of B_i A_i x.
 
-    Outside `sample_routing` the experts are the k largest of `router @ x`; inside they are drawn, and
-    the loss's backward pass gives the router its gradient.
+    Outside `sample_routing` the experts are the k largest of `router @ x`; inside they are drawn,
+    and the loss's backward pass gives the router its gradient.
 
     Source: ReMix (arXiv 2603.10160) sections 3.1 to 3.3.
     """
@@ -155,4 +155,5 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
 
     def extra_repr(self) -> str:
         """The pool in one line."""
-        return f"num_experts={self.num_experts}, top_k={self.top_k}, r={self.r}, scaling={self.scaling:.4g}"
+        pool = f"num_experts={self.num_experts}, top_k={self.top_k}, r={self.r}"
+        return f"{pool}, scaling={self.scaling:.4g}"

@@ -1,8 +1,8 @@
 """Per-token losses of a causal language model, with logits only where a label is.
 
-The language-model head and its softmax are a third of a small model's step; most positions of a prompt
-have no label. A hook on the head hands it only the labelled rows, so whatever a model does to its
-logits afterwards (soft caps, scales) still happens.
+The language-model head and its softmax are a third of a small model's step; most positions of a
+prompt have no label. A hook on the head hands it only the labelled rows, so whatever a model does
+to its logits afterwards (soft caps, scales) still happens.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
         batch: What the model takes, with `labels` [B, T]; -100 is not counted.
 
     Returns:
-        (losses [B, T - 1] fp32, mask [B, T - 1] bool); column t is the loss predicted from position t, zero
-        where the mask is.
+        (losses [B, T - 1] fp32, mask [B, T - 1] bool); column t is the loss predicted from
+        position t, zero where the mask is.
 
     Raises:
         ValueError: No labels, or a sequence longer than the model's positions.
@@ -46,7 +46,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
 
 @contextmanager
 def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
-    """Inside, the head computes logits [1, number of positions, vocabulary] at the masked positions only.
+    """Inside, the head computes logits [1, positions, vocabulary] at the masked positions.
 
     Args:
         model: As in `token_losses`.
@@ -74,7 +74,8 @@ def _head(model: nn.Module) -> nn.Module:
     head = find() if callable(find) else None
     if head is None:
         raise ValueError(
-            f"{type(model).__name__} has no output embeddings; token_losses needs a causal language model"
+            f"{type(model).__name__} has no output embeddings; token_losses needs a causal "
+            "language model"
         )
     return head
 
@@ -85,5 +86,6 @@ def _check_length(model: nn.Module, length: int) -> None:
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise ValueError(
-            f"a sequence of {length} tokens is longer than the model's {limit} positions; shorten max_length"
+            f"a sequence of {length} tokens is longer than the model's {limit} positions; shorten "
+            "max_length"
         )

@@ -1,7 +1,7 @@
 """The sampling context: who draws, who remembers, who is told how good the draw was.
 
-`sample_routing` opens a `RoutingState` and hands it to every routed layer's `RoutingSite`. The state
-folds the batch (M selections, one forward pass), owns the seed, the saved selections and the
+`sample_routing` opens a `RoutingState` and hands it to every routed layer's `RoutingSite`. The
+state folds the batch (M selections, one forward pass), owns the seed, the saved selections and the
 advantages. It stays with the model after the context has closed, for the backward pass, until the
 next context opens. Outside a context every layer takes the k largest logits (ReMix section 3.3).
 """
@@ -47,7 +47,8 @@ class RoutingState:
         """M * B, the sequences of the folded batch."""
         if self.batch_size is None:
             raise RuntimeError(
-                "the batch size is not known yet: call routing.expand(batch) and run the model on what it returns"
+                "the batch size is not known yet: call routing.expand(batch) and run the model on "
+                "what it returns"
             )
         return self.num_selections * self.batch_size
 
@@ -55,8 +56,9 @@ class RoutingState:
         """Repeat a batch M times, selection-major: row m * B + b is input b under selection m.
 
         Args:
-            batch: Tensors [B, ...] by name, other values pass through. `attention_mask` [B, T] tells real tokens
-                from padding; without it all positions count. logprob_tokens="response" also needs `labels`.
+            batch: Tensors [B, ...] by name, other values pass through. `attention_mask` [B, T]
+                tells real tokens from padding; without it all positions count.
+                logprob_tokens="response" also needs `labels`.
 
         Returns:
             A new dict with tensors [M * B, ...].
@@ -90,19 +92,23 @@ class RoutingState:
         return folded
 
     def loss(
-        self, token_losses: Tensor, mask: Tensor | None = None, num_items: Tensor | float | None = None
+        self,
+        token_losses: Tensor,
+        mask: Tensor | None = None,
+        num_items: Tensor | float | None = None,
     ) -> Tensor:
         """The loss to call backward on: LoRA gets the mean over selections, the router RLOO.
 
         Args:
-            token_losses: [M * B, T or T - 1], column t the loss predicted from position t; or [M * B], one loss
-                a sequence.
+            token_losses: [M * B, T or T - 1], column t the loss predicted from position t; or [M *
+                B], one loss a sequence.
             mask: Same shape as token_losses, nonzero where a loss counts. None: everywhere.
-            num_items: The normaliser N: labelled tokens (or sequences) of the un-replicated batch, over the
-                whole gradient accumulation. None: counted from the mask.
+            num_items: The normaliser N: labelled tokens (or sequences) of the un-replicated batch,
+                over the whole gradient accumulation. None: counted from the mask.
 
         Returns:
-            Scalar: sum over counted losses / (N M). Its backward pass delivers both gradients, inside or after
+            Scalar: sum over counted losses / (N M). Its backward pass delivers both gradients,
+                inside or after
             the context.
 
         Raises:
@@ -116,7 +122,8 @@ class RoutingState:
             )
         if mask is not None and mask.shape != token_losses.shape:
             raise ValueError(
-                f"mask is {list(mask.shape)} and token_losses {list(token_losses.shape)}; they must agree"
+                f"mask is {list(mask.shape)} and token_losses {list(token_losses.shape)}; they "
+                "must agree"
             )
         if num_items is None:
             count = token_losses.numel() if mask is None else mask.count_nonzero()
@@ -133,7 +140,7 @@ class RoutingState:
         return LossTap.apply(losses.sum() / num_selections, self)
 
     def begin_backward(self, grad_scale: Tensor) -> None:
-        """Called by the tap: from here to the end of this backward pass recomputations replay this state."""
+        """From here to the end of this backward pass, recomputations replay this state."""
         self._grad_scale = grad_scale.detach()
         for site in self.sites:
             site.replaying = self
@@ -172,8 +179,10 @@ class RoutingState:
         if rows % sequences or (width is not None and per_sequence != width):
             expected = "..." if width is None else str(width)
             raise ValueError(
-                f"a routed layer got {list(lead)} rows while sampling; the folded batch has {sequences} sequences "
-                f"of {expected} positions: run the model on what routing.expand(batch) returned, without a cache"
+                f"a routed layer got {list(lead)} rows while sampling; the folded batch has "
+                f"{sequences} sequences "
+                f"of {expected} positions: run the model on what routing.expand(batch) returned, "
+                "without a cache"
             )
         return per_sequence
 
@@ -190,7 +199,7 @@ def sample_routing(
     selection_chunk_size: int | None = None,
     seed: int,
 ) -> Iterator[RoutingState]:
-    """Sample the routed layers' selections instead of taking the top k, and train the router by RLOO.
+    """Draw the routed layers' selections instead of taking the top k; train routers by RLOO.
 
         with sample_routing(model, num_selections=4, seed=step) as routing:
             batch = routing.expand(batch)
@@ -199,20 +208,23 @@ def sample_routing(
 
     Args:
         model: Any module with routed layers in it.
-        num_selections: M, the independent selections of each input. At least 2 if a router is trained.
+        num_selections: M, the independent selections of each input. At least 2 if a router is
+            trained.
         credit: "sequence", the paper's.
         log_prob: "ordered", the paper's.
-        logprob_tokens: "all" positions draw, or those of the "response" only (the prompt is then routed top-k).
+        logprob_tokens: "all" positions draw, or those of the "response" only (the prompt is then
+            routed top-k).
         grad_selections: Forward-only selections; not available in this version, leave None.
         selection_chunk_size: Chunked selections; not available in this version, leave None.
-        seed: 64-bit integer; every module's draw mixes its own stream from it. Use a new one every step.
+        seed: 64-bit integer; every module's draw mixes its own stream from it. Use a new one every
+            step.
 
     Yields:
         The `RoutingState` with `expand` and `loss`.
 
     Raises:
-        ValueError: An argument is out of range or unknown, the model has no routed layer, or M < 2 with a
-            trainable router.
+        ValueError: An argument is out of range or unknown, the model has no routed layer, or M < 2
+            with a trainable router.
         RuntimeError: The model is already inside such a context.
 
     Source: ReMix (arXiv 2603.10160) section 3.2.
@@ -228,14 +240,17 @@ def sample_routing(
     trained = next((name for name, site in sites.items() if site.router_is_trained()), None)
     if num_selections < 2 and trained is not None:
         raise ValueError(
-            f"num_selections={num_selections}, but the router of {trained} is trained: RLOO's baseline needs "
+            f"num_selections={num_selections}, but the router of {trained} is trained: RLOO's "
+            "baseline needs "
             "num_selections >= 2 (or freeze the routers with requires_grad_(False))"
         )
     state = RoutingState(num_selections, credit, logprob_tokens, seed)
     state.sites = list(sites.values())
     for stream, (name, site) in enumerate(sites.items()):
         if site.state is not None:
-            raise RuntimeError(f"{name} is already inside a sample_routing context; close that one first")
+            raise RuntimeError(
+                f"{name} is already inside a sample_routing context; close that one first"
+            )
         site.stream = stream
         site.name = name
     for site in state.sites:
@@ -254,17 +269,19 @@ def force_selection(model: nn.Module, selections: Mapping[str, Tensor]) -> Itera
 
     Args:
         model: Any module with routed layers in it.
-        selections: Integer top_k_index by module name (as `model.named_modules()` gives it), broadcastable to
-            the layer's input rows: [k], [T, k], [B, T, k] or [M * B, T, k].
+        selections: Integer top_k_index by module name (as `model.named_modules()` gives it),
+            broadcastable to the layer's input rows: [k], [T, k], [B, T, k] or [M * B, T, k].
 
     Raises:
-        ValueError: A name is not a routed layer, or an index is out of range, repeated or of the wrong k.
+        ValueError: A name is not a routed layer, or an index is out of range, repeated or of the
+            wrong k.
     """
     sites = find_sites(model)
     unknown = sorted(set(selections) - set(sites))
     if unknown:
         raise ValueError(
-            f"{unknown[0]!r} is not a routed layer of this model; they are {', '.join(list(sites)[:4])}, ..."
+            f"{unknown[0]!r} is not a routed layer of this model; they are "
+            f"{', '.join(list(sites)[:4])}, ..."
         )
     for name, index in selections.items():
         sites[name].check_forced(name, index)
@@ -274,13 +291,15 @@ def force_selection(model: nn.Module, selections: Mapping[str, Tensor]) -> Itera
     try:
         yield
     finally:
-        for name, index in previous.items():
-            sites[name].forced = index
+        for name, before in previous.items():
+            sites[name].forced = before
 
 
 def _check_arguments(num_selections: int, credit: str, log_prob: str, logprob_tokens: str) -> None:
     if num_selections < 1:
-        raise ValueError(f"num_selections={num_selections}; it must be at least 1 (2 to train a router)")
+        raise ValueError(
+            f"num_selections={num_selections}; it must be at least 1 (2 to train a router)"
+        )
     for name, value, known in (
         ("credit", credit, tuple(CREDITS)),
         ("log_prob", log_prob, LOG_PROBS),
@@ -291,7 +310,7 @@ def _check_arguments(num_selections: int, credit: str, log_prob: str, logprob_to
 
 
 def _refuse_packed(batch: Mapping[str, Any]) -> None:
-    """Packed rows hold several inputs; one advantage a row would credit each with the others' losses."""
+    """Packed rows hold several inputs: one advantage would credit each with the others' loss."""
     key = next((key for key in _PACKED_KEYS if batch.get(key) is not None), None)
     position_ids = batch.get("position_ids")
     if key is None and isinstance(position_ids, Tensor) and position_ids.dim() == 2:
@@ -303,7 +322,8 @@ def _refuse_packed(batch: Mapping[str, Any]) -> None:
             key = "position_ids that start again within a row"
     if key is not None:
         raise ValueError(
-            f"the batch is packed (it has {key}): several inputs share a row, which sampling cannot credit apart; "
+            f"the batch is packed (it has {key}): several inputs share a row, which sampling "
+            "cannot credit apart; "
             "set packing=False and padding_free=False"
         )
 

@@ -1,4 +1,4 @@
-"""`ReMixSFTTrainer`: TRL's SFTTrainer with ReMix's loss. Chat templates, completion masks and the rest are TRL's."""
+"""`ReMixSFTTrainer`: TRL's SFTTrainer with ReMix's loss; data and templates are TRL's."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ class ReMixSFTConfig(ReMixArguments, SFTConfig):
         """Validate both parts, and refuse what sampling cannot credit.
 
         Raises:
-            ValueError: packing or padding_free is on, or the loss is not the negative log-likelihood.
+            ValueError: packing or padding_free is on, or the loss is not the negative
+                log-likelihood.
         """
         self.check_remix()
         super().__post_init__()
         for name in ("packing", "eval_packing", "padding_free"):
             if getattr(self, name, None):
                 raise ValueError(
-                    f"{name}=True puts several inputs into one row, which sampling cannot credit apart; set it to False"
+                    f"{name}=True puts several inputs into one row, which sampling cannot credit "
+                    "apart; set it to False"
                 )
         if self.loss_type != "nll":
             raise ValueError(f"loss_type={self.loss_type!r}; ReMix trains with loss_type='nll'")
 
 
 class ReMixSFTTrainer(ReMixTrainerMixin, SFTTrainer):
-    """A `trl.SFTTrainer` for models with ReMix adapters; pass `peft_config=ReMixConfig(...)` or a PEFT model.
+    """A `trl.SFTTrainer` for ReMix adapters: pass a PEFT model, or `peft_config=ReMixConfig()`.
 
     Source: ReMix (arXiv 2603.10160) section 3.2.
     """
-

@@ -1,14 +1,16 @@
 """What one routed layer knows about routing: the site where experts are chosen.
 
-A site is a plain object beside the layer's parameters. Contexts (`sample_routing`, `force_selection`,
-`record_routing`) reach every site of a model through `find_sites`; the layer asks its own site
-`select(x, ...)` for the experts of each row and passes its output through `deliver`.
+A site is a plain object beside the layer's parameters. Contexts (`sample_routing`,
+`force_selection`, `record_routing`) reach every site of a model through `find_sites`; the layer
+asks its own site `select(x, ...)` for the experts of each row and passes its output through
+`deliver`.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +24,16 @@ if TYPE_CHECKING:
 
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 UNTRAINED_ROUTER = (
-    "a ReMix model is being trained outside sample_routing: the adapters learn, the router does not (its "
-    "gradient is zero). Use ReMixTrainer or ReMixSFTTrainer, open sample_routing around the forward pass, or "
+    "a ReMix model is being trained outside sample_routing: the adapters learn, the router does "
+    "not (its "
+    "gradient is zero). Use ReMixTrainer or ReMixSFTTrainer, open sample_routing around the "
+    "forward pass, or "
     "freeze the routers if that is what you want."
 )
 
 
 def mix_seed(seed: int, *streams: int) -> int:
-    """A 64-bit seed for each combination of numbers: SplitMix64 (Steele et al. 2014), folded over them."""
+    """A 64-bit seed for each combination of numbers, by SplitMix64 (Steele et al. 2014)."""
     mixed = seed & _MASK64
     for stream in streams:
         mixed = (mixed + 0x9E3779B97F4A7C15 * ((stream & _MASK64) + 1)) & _MASK64
@@ -39,7 +43,8 @@ def mix_seed(seed: int, *streams: int) -> int:
     return mixed
 
 
-class Selection(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Selection:
     """The experts of a layer's rows, and what the router's gradient will need."""
 
     index: Tensor  # [..., k] int32 or int64
@@ -83,7 +88,8 @@ class RoutingSite:
         Args:
             x: [..., in].
             router: [n, in].
-            training: The layer's mode; only decides whether an unsampled pass forgets the last draw.
+            training: The layer's mode; only decides whether an unsampled pass forgets the last
+                draw.
         """
         self.router_weight = router
         with torch.no_grad():
@@ -105,7 +111,9 @@ class RoutingSite:
                 self.record.add(logits, index, state)
         return Selection(index, logits, state)
 
-    def deliver(self, y: Tensor, x: Tensor, router: Tensor, selection: Selection, training: bool) -> Tensor:
+    def deliver(
+        self, y: Tensor, x: Tensor, router: Tensor, selection: Selection, training: bool
+    ) -> Tensor:
         """Pass the layer's output through the identity that will give the router its gradient."""
         if not (router.requires_grad and torch.is_grad_enabled()):
             return y
@@ -123,13 +131,15 @@ class RoutingSite:
         """Raise ValueError unless `index` names top_k distinct experts in every row."""
         if index.is_floating_point() or index.dim() < 1 or index.shape[-1] != self.top_k:
             raise ValueError(
-                f"the selection for {name} is {list(index.shape)} {index.dtype}; it must be integer [..., {self.top_k}]"
+                f"the selection for {name} is {list(index.shape)} {index.dtype}; it must be "
+                f"integer [..., {self.top_k}]"
             )
         if index.numel() == 0:
             return
         if int(index.min()) < 0 or int(index.max()) >= self.num_experts:
             raise ValueError(
-                f"the selection for {name} holds expert {int(index.min())} to {int(index.max())}; experts are "
+                f"the selection for {name} holds expert {int(index.min())} to {int(index.max())}; "
+                "experts are "
                 f"numbered 0 to {self.num_experts - 1}"
             )
         ordered = index.sort(-1).values
@@ -173,7 +183,8 @@ class RoutingSite:
             return forced.expand(shape).contiguous()
         except RuntimeError:
             raise ValueError(
-                f"the selection for {self.name or 'this layer'} is {list(self.forced.shape)}; it does not "
+                f"the selection for {self.name or 'this layer'} is {list(self.forced.shape)}; it "
+                "does not "
                 f"broadcast to the layer's rows, {list(shape)}"
             ) from None
 
@@ -181,8 +192,10 @@ class RoutingSite:
         saved = state.selections[self.stream]
         if len(saved) > 1:
             raise RuntimeError(
-                f"{self.name} ran {len(saved)} times in one sample_routing context and is now recomputed by "
-                "activation checkpointing, which does not say which time it repeats: open one context for each "
+                f"{self.name} ran {len(saved)} times in one sample_routing context and is now "
+                "recomputed by "
+                "activation checkpointing, which does not say which time it repeats: open one "
+                "context for each "
                 "forward pass"
             )
         return saved[0]
@@ -197,7 +210,7 @@ class RoutedModule:
 
 
 def find_sites(model: nn.Module) -> dict[str, RoutingSite]:
-    """Every routing site of a model by module name (with `.adapter` when a module has several active).
+    """Every routing site by module name (and `.adapter`, when a module has several active).
 
     Raises:
         ValueError: There is none.
@@ -212,7 +225,8 @@ def find_sites(model: nn.Module) -> dict[str, RoutingSite]:
             sites[name if len(active) == 1 else f"{name}.{adapter}"] = site
     if not sites:
         raise ValueError(
-            f"{type(model).__name__} has no routed layer; wrap it with get_peft_model(model, ReMixConfig(...)) or "
+            f"{type(model).__name__} has no routed layer; wrap it with get_peft_model(model, "
+            "ReMixConfig(...)) or "
             "put RoutedLoRALinear modules into it"
         )
     return sites

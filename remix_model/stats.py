@@ -1,10 +1,11 @@
-"""What the routers did: expert shares, entropy and effective sample sizes, per layer, over real tokens.
+"""What the routers did: expert shares, entropy, effective sample sizes, over real tokens.
 
     ESS(p) = (|p|_1 / |p|_2)^2      1 for one-hot, m for uniform over m (ReMix section 2, eq. 3)
 
-`ess` is that of the routing weights a token really gets: exactly k for ReMix, whose weights are constant.
-`policy_ess` and `entropy` (nats) are those of the policy q = softmax(z), `share_ess` that of the experts'
-shares over all tokens: n when they are used evenly, k when the same k experts take everything.
+`ess` is that of the routing weights a token really gets: exactly k for ReMix, whose weights are
+constant. `policy_ess` and `entropy` (nats) are those of the policy q = softmax(z), `share_ess`
+that of the experts' shares over all tokens: n when they are used evenly, k when the same k experts
+take everything.
 
 Sums stay on the layer's device; `RoutingRecorder.stats` brings them to the host, and only then.
 """
@@ -37,7 +38,10 @@ class SiteRecord:
     def add(self, logits: Tensor, index: Tensor, state: RoutingState | None) -> None:
         """Count one forward pass. logits [..., n] fp32, index [..., k]."""
         valid = self.recorder.valid if state is None else state.valid
-        rows, chosen = logits.reshape(-1, self.num_experts), index.reshape(-1, index.shape[-1]).long()
+        rows, chosen = (
+            logits.reshape(-1, self.num_experts),
+            index.reshape(-1, index.shape[-1]).long(),
+        )
         if valid is not None and valid.numel() == rows.shape[0]:
             kept = valid.reshape(-1).to(rows.dtype)
         else:
@@ -137,8 +141,7 @@ class RoutingRecorder:
     def note_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: which tokens of this pass are real."""
         mask = kwargs.get("attention_mask")
-        usable = isinstance(mask, Tensor) and mask.dim() == 2
-        self.valid = mask.bool() if usable else None
+        self.valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def reset(self) -> None:
         """Forget what was counted."""
@@ -158,8 +161,8 @@ class RoutingRecorder:
 def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
     """Count what the routers choose in the forward passes inside the context.
 
-    Recomputations by activation checkpointing are not counted again. Padding is left out where the model is
-    given a two-dimensional `attention_mask`.
+    Recomputations by activation checkpointing are not counted again. Padding is left out where the
+    model is given a two-dimensional `attention_mask`.
 
     Args:
         model: Any module with routed layers in it.

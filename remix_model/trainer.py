@@ -1,4 +1,4 @@
-"""`ReMixTrainer`: transformers' Trainer, with M sampled selections a step and the router trained by RLOO."""
+"""`ReMixTrainer`: transformers' Trainer, with M sampled selections and routers trained by RLOO."""
 
 from __future__ import annotations
 
@@ -38,17 +38,19 @@ class ReMixTrainerMixin(_Base):
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, ReMixArguments):
             raise ValueError(
-                f"args is {type(self.args).__name__}; use ReMixTrainingArguments (or ReMixSFTConfig)"
+                f"args is {type(self.args).__name__}; use ReMixTrainingArguments (or "
+                "ReMixSFTConfig)"
             )
-        sites = find_sites(self.model)
+        sites = find_sites(self._module())
         trained = any(site.router_is_trained() for site in sites.values())
         if trained and self.args.remix_num_selections < 2:
             raise ValueError(
-                f"remix_num_selections={self.args.remix_num_selections} with trainable routers: RLOO's baseline "
+                f"remix_num_selections={self.args.remix_num_selections} with trainable routers: "
+                "RLOO's baseline "
                 "needs at least 2 (or freeze the routers with requires_grad_(False))"
             )
         self.loss_is_scaled_for_ga = True
-        self._recorder = RoutingRecorder(self.model)
+        self._recorder = RoutingRecorder(self._module())
         self._window: list[dict[str, Tensor]] = []
         self._micro_step = (-1, 0)
         self._grad_norms: dict[str, Tensor] = {}
@@ -60,7 +62,7 @@ class ReMixTrainerMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """In training, M sampled selections in one folded pass; in evaluation, the parent's top-k loss."""
+        """In training, M selections in one folded pass; in evaluation, the top-k loss."""
         if not model.training:
             return self.evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         args: Any = self.args
@@ -98,23 +100,26 @@ class ReMixTrainerMixin(_Base):
         """The parent's, and stop on a loss that is not finite.
 
         Raises:
-            NonFiniteError: The loss is nan or infinite. The optimizer has not stepped; checkpoints are intact.
+            NonFiniteError: The loss is nan or infinite. The optimizer has not stepped; checkpoints
+                are intact.
         """
         loss = super().training_step(*args, **kwargs)
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}, micro-step {self._micro_step[1]}; "
-                "nothing was updated. Lower learning_rate or max_grad_norm, or look at that batch's data"
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}, micro-step "
+                f"{self._micro_step[1]}; "
+                "nothing was updated. Lower learning_rate or max_grad_norm, or look at that "
+                "batch's data"
             )
         return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The parent's optimizer, with the routers in a group of their own: own rate, no weight decay."""
+        """The parent's, with the routers in a group of their own: own rate, no weight decay."""
         made_here = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if not made_here:
             return optimizer
-        named = (self.model if model is None else model).named_parameters()
+        named = (self._module() if model is None else model).named_parameters()
         routers = [p for name, p in named if ROUTER_PARAMETER in name and p.requires_grad]
         ids = {id(p) for p in routers}
         if not routers:
@@ -135,9 +140,9 @@ class ReMixTrainerMixin(_Base):
         """Clip routers and the rest apart: RLOO's noise must not throttle the adapters."""
         from accelerate.utils import DistributedType
 
-        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-            if not getattr(self.accelerator, "is_fsdp2", False):
-                return super()._clip_grad_norm(model)
+        sharded = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        if self.accelerator.distributed_type in sharded and not self.accelerator.is_fsdp2:
+            return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         router_limit = self.args.remix_router_max_grad_norm  # type: ignore[attr-defined]
         limits = {
@@ -165,7 +170,8 @@ class ReMixTrainerMixin(_Base):
             ]
             raise NonFiniteError(
                 f"the gradient of {bad[0] if bad else 'a parameter'} is not finite at step "
-                f"{self.state.global_step + 1} ({len(bad)} parameters); nothing was updated. Lower learning_rate"
+                f"{self.state.global_step + 1} ({len(bad)} parameters); nothing was updated. Lower "
+                "learning_rate"
             )
         return total.sqrt()
 
@@ -175,7 +181,10 @@ class ReMixTrainerMixin(_Base):
         if "loss" in logs and self._window:
             keys = self._window[0]
             logs.update(
-                {key: torch.stack([step[key] for step in self._window]).mean().item() for key in keys}
+                {
+                    key: torch.stack([step[key] for step in self._window]).mean().item()
+                    for key in keys
+                }
             )
             logs.update({f"remix/grad_norm_{k}": float(v) for k, v in self._grad_norms.items()})
             stats = self._recorder.stats()
@@ -186,7 +195,11 @@ class ReMixTrainerMixin(_Base):
         super().log(logs, start_time)
         if shares:
             # Kept in trainer_state.json, not printed: one list a layer.
-            self.state.log_history[-1]["remix/expert_share"] = shares
+            self.state.log_history[-1].update({"remix/expert_share": shares})  # type: ignore[dict-item]
+
+    def _module(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
 
     def _selection_seed(self) -> int:
         """A new seed for every step, micro-step and rank; the same again after a resume."""
@@ -196,7 +209,7 @@ class ReMixTrainerMixin(_Base):
         return mix_seed(self.args.seed, step, micro, self.accelerator.process_index)
 
     def _normaliser(self, mask: Tensor, num_items: Tensor | int | None) -> Tensor | float:
-        """N: labelled tokens of the un-replicated batch, over the accumulation and all ranks' average."""
+        """N: labelled tokens of the un-replicated batch, over accumulation and ranks."""
         if num_items is None:
             own = mask.count_nonzero() / self.args.remix_num_selections  # type: ignore[attr-defined]
             return own.clamp(min=1) * self.current_gradient_accumulation_steps
@@ -223,8 +236,8 @@ class ReMixTrainerMixin(_Base):
 class ReMixTrainer(ReMixTrainerMixin, Trainer):
     """A `transformers.Trainer` for models with ReMix adapters.
 
-    Args and behaviour are `Trainer`'s, with `ReMixTrainingArguments`. Evaluation and prediction use the
-    top k; `eval_loss` is the mean over all labelled tokens of the evaluation set.
+    Args and behaviour are `Trainer`'s, with `ReMixTrainingArguments`. Evaluation and prediction
+    use the top k; `eval_loss` is the mean over all labelled tokens of the evaluation set.
 
     Source: ReMix (arXiv 2603.10160) section 3.2.
     """
@@ -238,13 +251,15 @@ class ReMixTrainer(ReMixTrainerMixin, Trainer):
         return_outputs: bool,
         num_items_in_batch: Tensor | int | None,
     ) -> Any:
-        """Mean loss over labelled tokens, logits at those only; the parent's when metrics need all logits."""
+        """Mean loss over labelled tokens; the parent's when metrics need all logits."""
         if self.compute_metrics is not None:
             return super().evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         losses, mask = token_losses(model, inputs)
         count = mask.count_nonzero()
         total = losses.sum()
-        self._eval_sums = [a + b.detach() for a, b in zip(self._eval_sums, (total, count), strict=True)]
+        self._eval_sums = [
+            a + b.detach() for a, b in zip(self._eval_sums, (total, count), strict=True)
+        ]
         loss = total / count.clamp(min=1)
         return (loss, {}) if return_outputs else loss
 
@@ -259,5 +274,3 @@ class ReMixTrainer(ReMixTrainerMixin, Trainer):
             prefix = kwargs.get("metric_key_prefix", "eval")
             output.metrics[f"{prefix}_loss"] = float(total) / float(count)
         return output
-
-

@@ -15,7 +15,8 @@ class ReMixArguments:
     """Fields that ReMixTrainingArguments and ReMixSFTConfig add to their parents.
 
     Args:
-        remix_num_selections: M, the selections sampled for each input; at least 2 to train the routers.
+        remix_num_selections: M, the selections sampled for each input; at least 2 to train the
+            routers.
         remix_grad_selections: Forward-only selections; not available in this version, leave None.
         remix_selection_chunk_size: Chunked selections; not available in this version, leave None.
         remix_credit: As in `sample_routing`.
@@ -56,7 +57,8 @@ class ReMixArguments:
         """Raise ValueError for a value that is out of range, unknown or not available."""
         if self.remix_num_selections < 1:
             raise ValueError(
-                f"remix_num_selections={self.remix_num_selections}; it must be at least 1 (2 to train a router)"
+                f"remix_num_selections={self.remix_num_selections}; it must be at least 1 (2 to "
+                "train a router)"
             )
         for name, known in (
             ("remix_credit", tuple(CREDITS)),

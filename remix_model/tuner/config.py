@@ -51,7 +51,8 @@ class ReMixConfig(PeftConfig):
         lora_alpha: Numerator of the constant routing weight omega.
         use_rslora: omega = lora_alpha / sqrt(k r); False: lora_alpha / (k r).
         lora_dropout: Dropout on the adapters' input. 0 is best: its noise is not the selection's.
-        target_modules: Names or a regular expression of the linears to adapt; None: the feed-forward block's.
+        target_modules: Names or a regular expression of the linears to adapt; None: the
+            feed-forward block's.
         exclude_modules: Names or a regular expression of linears to leave alone.
         layers_to_transform: Indices of the layers to adapt; None: all.
         layers_pattern: Name of the list of layers, when it is not a common one.
@@ -151,11 +152,13 @@ class ReMixConfig(PeftConfig):
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
         if self.router_kwargs:
             raise ValueError(
-                f"router_kwargs={self.router_kwargs}: router_type={self.router_type!r} has no options"
+                f"router_kwargs={self.router_kwargs}: router_type={self.router_type!r} has no "
+                "options"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform to say which layers"
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform to say which "
+                "layers"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,7 +171,7 @@ class ReMixConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """Read an adapter's configuration, and refuse a local adapter whose weights cannot be read safely.
+        """Read an adapter's configuration; refuse a folder whose weights cannot be read safely.
 
         Raises:
             ValueError: The folder has weights, but not as readable safetensors.
@@ -185,8 +188,10 @@ def check_adapter_file(folder: str) -> None:
     if not os.path.exists(path):
         if os.path.exists(os.path.join(folder, "adapter_model.bin")):
             raise ValueError(
-                f"{folder} holds adapter_model.bin, a pickle that can run code when read; ReMix adapters are "
-                "only read from adapter_model.safetensors: save the adapter again with safe_serialization=True"
+                f"{folder} holds adapter_model.bin, a pickle that can run code when read; ReMix "
+                "adapters are "
+                "only read from adapter_model.safetensors: save the adapter again with "
+                "safe_serialization=True"
             )
         return
     from safetensors import SafetensorError, safe_open
@@ -196,5 +201,6 @@ def check_adapter_file(folder: str) -> None:
             list(file.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read as safetensors ({error}); the file is truncated or damaged: copy it again"
+            f"{path} cannot be read as safetensors ({error}); the file is truncated or damaged: "
+            "copy it again"
         ) from error

@@ -1,9 +1,9 @@
 """`ReMixLayer`: one adapted linear inside a PEFT model.
 
-All experts of an adapter are stacked: `remix_lora_A[adapter] [n, r, in]`, `remix_lora_B[adapter] [n, out, r]`
-and `remix_router[adapter] [n, in]`. Stacked parameters give experts that were not chosen a zero gradient
-rather than none (so DDP needs no search for unused parameters), and leave nothing that PEFT's FSDP
-policy would shard apart from the layer that reads it.
+All experts of an adapter are stacked: `remix_lora_A[adapter] [n, r, in]`, `remix_lora_B[adapter]
+[n, out, r]` and `remix_router[adapter] [n, in]`. Stacked parameters give experts that were not
+chosen a zero gradient rather than none (so DDP needs no search for unused parameters), and leave
+nothing that PEFT's FSDP policy would shard apart from the layer that reads it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from remix_model.site import RoutedModule, RoutingSite
 from remix_model.tuner.config import ReMixConfig, ReMixRuntimeConfig
 
 CANNOT_MERGE = (
-    "a ReMix adapter cannot be merged: which LoRAs apply depends on each token, so no single weight equals base "
+    "a ReMix adapter cannot be merged: which LoRAs apply depends on each token, so no single "
+    "weight equals base "
     "plus adapter. Keep the adapter separate, or unload() it without merging."
 )
 
@@ -101,10 +102,13 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         """x [..., in] -> [..., out]."""
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError(
-                "adapter_names= (another adapter for each row) is not available for ReMix adapters; run one batch "
+                "adapter_names= (another adapter for each row) is not available for ReMix "
+                "adapters; run one batch "
                 "for each adapter"
             )
-        names = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.sites]
+        names = (
+            [] if self.disable_adapters else [n for n in self.active_adapters if n in self.sites]
+        )
         if not names:
             return self.base_layer(x, *args, **kwargs)
         if len(names) == 1 and not args and not kwargs and self._can_fuse(names[0]):
@@ -115,25 +119,27 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         return y
 
     def _can_fuse(self, name: str) -> bool:
-        """Whether base and adapter may run as one op: a plain floating-point linear, no dropout, no hooks."""
-        base = self.base_layer
+        """Whether one op may serve: a plain floating-point linear, no dropout, no hooks."""
+        base: Any = self.base_layer
+        dropout: Any = self.remix_dropout[name]
         return (
             type(base) is nn.Linear
             and base.weight.is_floating_point()
             and not base._forward_hooks
             and not base._forward_pre_hooks
-            and not (self.training and self.remix_dropout[name].p > 0.0)
+            and not (self.training and dropout.p > 0.0)
         )
 
     def _forward_fused(self, x: Tensor, name: str) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        base: Any = self.base_layer
         routed_x, router = self._router_input(x, name), self.remix_router[name]
         selection = self.sites[name].select(routed_x, router, self.training)
         y = routed_linear(
             x,
-            self.base_layer.weight,
-            self.base_layer.bias,
+            base.weight,
+            base.bias,
             self.remix_lora_A[name],
             self.remix_lora_B[name],
             selection.index,
@@ -166,7 +172,7 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         return "remix." + super().__repr__()
 
 
-def linear_features(module: nn.Module) -> tuple[int, int]:
+def linear_features(module: Any) -> tuple[int, int]:
     """(in_features, out_features) of a linear, quantised or GPT-2's Conv1D included.
 
     Raises:
@@ -179,6 +185,7 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return int(module.weight.shape[0]), int(module.nf)
     raise ValueError(
-        f"target module {type(module).__name__} is not a linear; ReMix adapts linears only: name linears in "
+        f"target module {type(module).__name__} is not a linear; ReMix adapts linears only: name "
+        "linears in "
         "target_modules, or others in exclude_modules"
     )

@@ -16,9 +16,9 @@ _TWO = ["fc1", "fc2"]
 FEED_FORWARD_MODULES: dict[str, list[str]] = {
     **dict.fromkeys(
         (
-            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "smollm3",
-            "olmo", "olmo2", "olmo3", "granite", "cohere", "cohere2", "stablelm", "deepseek_llm", "exaone4",
-            "helium", "ministral", "seed_oss", "arcee", "hunyuan_v1_dense",
+            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text",
+            "smollm3", "olmo", "olmo2", "olmo3", "granite", "cohere", "cohere2", "stablelm",
+            "exaone4", "helium", "ministral", "seed_oss", "arcee", "hunyuan_v1_dense",
         ),
         _GATED,
     ),
@@ -49,17 +49,21 @@ class ReMixModel(BaseTuner):
     tuner_layer_cls = ReMixLayer
     target_module_mapping = FEED_FORWARD_MODULES
 
-    def _prepare_adapter_config(self, peft_config: ReMixConfig, model_config: dict) -> ReMixConfig:
-        if peft_config.target_modules is None and model_config.get("model_type") not in FEED_FORWARD_MODULES:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        if (
+            peft_config.target_modules is None
+            and model_config.get("model_type") not in FEED_FORWARD_MODULES
+        ):
             raise ValueError(
-                f"the feed-forward linears of model type {model_config.get('model_type')!r} are not known; name "
+                f"the feed-forward linears of model type {model_config.get('model_type')!r} are "
+                "not known; name "
                 "them in target_modules, e.g. ['gate_proj', 'up_proj', 'down_proj']"
             )
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _create_and_replace(
         self,
-        peft_config: ReMixConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -79,7 +83,7 @@ class ReMixModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        """Let all sites share one flag, so that the warning about an untrained router comes once a model."""
+        """Share one flag, so that the warning about untrained routers comes once a model."""
         warned = [False]
         for module in model.modules():
             if isinstance(module, ReMixLayer):
@@ -89,7 +93,9 @@ class ReMixModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
         """Refuse: see CANNOT_MERGE."""
         raise ValueError(CANNOT_MERGE)
 
@@ -109,31 +115,40 @@ class ReMixModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
-        config: ReMixConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
         _check_loaded(model, config, remapped, cls.prefix, adapter_name)
         return remapped
 
 
 def _check_loaded(
-    model: nn.Module, config: ReMixConfig, loaded: dict[str, torch.Tensor], prefix: str, adapter_name: str
+    model: nn.Module,
+    config: ReMixConfig,
+    loaded: dict[str, torch.Tensor],
+    prefix: str,
+    adapter_name: str,
 ) -> None:
-    """Raise ValueError when adapter weights do not belong to this model: missing, unknown or misshapen."""
+    """Raise ValueError when adapter weights are missing, unknown or misshapen here."""
     expected = {
         key: tensor.shape
         for key, tensor in model.state_dict().items()
         if f".{prefix}" in key and key.endswith(f".{adapter_name}")
     }
     found = {key: tensor.shape for key, tensor in loaded.items() if f".{prefix}" in key}
-    fix = f"the adapter was trained for base model {config.base_model_name_or_path!r}; load that one"
+    fix = (
+        f"the adapter was trained for base model {config.base_model_name_or_path!r}; load that one"
+    )
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unknown:
         kind, key = ("lacks", missing[0]) if missing else ("holds unknown", unknown[0])
         raise ValueError(
-            f"the adapter {kind} {key} ({len(missing)} tensors missing, {len(unknown)} unknown): {fix}"
+            f"the adapter {kind} {key} ({len(missing)} tensors missing, {len(unknown)} unknown): "
+            f"{fix}"
         )
     for key, shape in expected.items():
         if found[key] != shape:

@@ -11,8 +11,8 @@ from remix_model.tuner.model import ReMixModel
 CARD_HEADING = "### Loading this adapter"
 CARD_USAGE = f"""{CARD_HEADING}
 
-This is a [ReMix](https://arxiv.org/abs/2603.10160) adapter: a mixture of LoRAs with a trained router. Import
-`remix_model` first, which teaches PEFT the method:
+This is a [ReMix](https://arxiv.org/abs/2603.10160) adapter: a mixture of LoRAs with a
+trained router. Import `remix_model` first, which teaches PEFT the method:
 
 ```python
 import remix_model  # registers "REMIX" with PEFT
@@ -24,11 +24,11 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/or/hub-id/of/this/adapter
 
 
 def register() -> None:
-    """Extend PEFT's enum and mappings, and have model cards carry the import line. Safe to call again.
+    """Extend PEFT's enum, mappings and model card. Safe to call again.
 
-    PEFT reads `.peft_type.value` in several places, so the enum itself gets a member: the two look-up
-    tables that `enum` keeps are public behaviour of `Enum` only through its constructor, hence the direct
-    assignment.
+    PEFT reads `.peft_type.value` in several places, so the enum itself gets a member: the two
+    look-up tables that `enum` keeps are public behaviour of `Enum` only through its constructor,
+    hence the direct assignment.
     """
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import register_peft_method
@@ -47,7 +47,7 @@ def register() -> None:
 
 
 def _extend_model_card() -> None:
-    """PEFT writes the card in PeftModel, which a tuner cannot override: add our section after it."""
+    """PEFT writes the card in PeftModel, out of a tuner's reach: add our section after it."""
     from peft import PeftModel
 
     write_card = PeftModel.create_or_update_model_card
@@ -64,4 +64,4 @@ def _extend_model_card() -> None:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(f"\n\n{CARD_USAGE}")
 
-    PeftModel.create_or_update_model_card = write_card_with_usage
+    setattr(PeftModel, write_card.__name__, write_card_with_usage)
