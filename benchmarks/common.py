@@ -1,0 +1,144 @@
+"""What every benchmark shares: interleaved timing, peak memory, rows that say where they are from.
+
+Variants of one comparison take turns within each round (A B C A B C ...), so that a machine whose
+speed drifts slows all of them; ratios are taken round by round, and their median is what is quoted.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one variant, a number a round."""
+
+    times_ms: list[float]
+
+    @property
+    def median_ms(self) -> float:
+        """Median over rounds."""
+        return statistics.median(self.times_ms)
+
+    def quantile_ms(self, q: float) -> float:
+        """The q-quantile over rounds, by nearest rank."""
+        ordered = sorted(self.times_ms)
+        return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
+
+    def ratio_to(self, other: Timing) -> float:
+        """Median over rounds of this time over the other's in the same round."""
+        pairs = zip(self.times_ms, other.times_ms, strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+
+def interleaved(
+    variants: dict[str, Callable[[], object]], rounds: int, warmup: int = 2
+) -> dict[str, Timing]:
+    """Time each variant once a round, in turn."""
+    for _ in range(warmup):
+        for run in variants.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: Timing(values) for name, values in times.items()}
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most bytes that torch held at once on the CPU during `run`, over what it held before.
+
+    From the profiler's allocation events: what torch allocates, not resident memory.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    memory = [event for event in events if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(memory, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """|value - truth| / |truth|, in fp64."""
+    difference = (value.detach().double() - truth.detach().double()).norm()
+    return float(difference / truth.detach().double().norm())
+
+
+def environment() -> dict[str, str]:
+    """Where a row was measured."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "device": _device(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_rows(name: str, rows: Sequence[dict[str, object]]) -> Path:
+    """Append rows to results/<name>.csv, each with its environment."""
+    path = RESULTS / f"{name}.csv"
+    RESULTS.mkdir(exist_ok=True)
+    where = environment()
+    full = [{**where, **row} for row in rows]
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(full[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(full)
+    return path
+
+
+def _commit() -> str:
+    """Short hash, with + when the tree has other changes than results."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", ":!results"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changes else "")
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
