@@ -42,11 +42,7 @@ def pack_a(lora_A: Tensor, dtype: torch.dtype) -> Tensor:
 
 def pack_b(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, out, r] -> [n r, out]: a view when lora_B is one of [n, r, out], else one copy."""
-    n, out, r = lora_B.shape
-    lora_B = lora_B.to(dtype)
-    if lora_B.stride(1) == 1:
-        return lora_B.transpose(1, 2).reshape(n * r, out)
-    return lora_B.permute(1, 0, 2).reshape(out, n * r).T
+    return lora_B.to(dtype).transpose(1, 2).reshape(-1, lora_B.shape[1])
 
 
 class DenseRouted(torch.autograd.Function):

@@ -29,6 +29,11 @@ def check_pool(num_experts: int, top_k: int, r: int) -> None:
         raise ValueError(f"r={r}; the rank of each LoRA must be at least 1")
 
 
+def empty_b(num_experts: int, out_features: int, r: int, **like: Any) -> Tensor:
+    """[n, out, r], laid out as [n, r, out]: so the dense strategy packs it without a copy."""
+    return torch.empty(num_experts, r, out_features, **like).transpose(1, 2)
+
+
 @torch.no_grad()
 def init_pool(
     lora_A: Tensor, lora_B: Tensor, router: Tensor, router_init_range: float, zero_b: bool = True
@@ -115,7 +120,7 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
         self.backend, self.strategy = backend, strategy
         like: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.lora_A = nn.Parameter(torch.empty(num_experts, r, base.in_features, **like))
-        self.lora_B = nn.Parameter(torch.empty(num_experts, base.out_features, r, **like))
+        self.lora_B = nn.Parameter(empty_b(num_experts, base.out_features, r, **like))
         self.router = nn.Parameter(torch.empty(num_experts, base.in_features, **like))
         self.site = RoutingSite(num_experts, top_k, router_temperature)
         init_pool(self.lora_A, self.lora_B, self.router, router_init_range, init_lora_weights)

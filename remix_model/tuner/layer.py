@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from remix_kernels import routed_linear, routed_lora
-from remix_model.layer import init_pool, routing_scaling
+from remix_model.layer import empty_b, init_pool, routing_scaling
 from remix_model.site import RoutedModule, RoutingSite
 from remix_model.tuner.config import ReMixConfig, ReMixRuntimeConfig
 
@@ -66,7 +66,7 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         self.remix_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         self.sites[adapter_name] = RoutingSite(n, config.top_k, config.router_temperature)
         self.remix_lora_A[adapter_name] = nn.Parameter(torch.empty(n, r, self.in_features))
-        self.remix_lora_B[adapter_name] = nn.Parameter(torch.empty(n, self.out_features, r))
+        self.remix_lora_B[adapter_name] = nn.Parameter(empty_b(n, self.out_features, r))
         self.remix_router[adapter_name] = nn.Parameter(torch.empty(n, self.in_features))
         init_pool(
             self.remix_lora_A[adapter_name],
