@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from remix_kernels import reference
 from remix_kernels._dispatch import resolve_backend, resolve_strategy
-from remix_kernels.torch_dense import DenseRouted
-from remix_kernels.torch_gather import GatherRouted
-from remix_kernels.torch_grouped import GroupedRouted
+from remix_kernels.torch_dense import DenseRouted, dense_fwd
+from remix_kernels.torch_gather import GatherRouted, gather_fwd
+from remix_kernels.torch_grouped import GroupedRouted, grouped_fwd
 from remix_kernels.torch_sampling import OrderedLogProb
 from remix_kernels.torch_sampling import sample_top_k as torch_sample_top_k
 
-ROUTED: dict[str, type[torch.autograd.Function]] = {
-    "dense": DenseRouted,
-    "grouped": GroupedRouted,
-    "gather": GatherRouted,
+ROUTED: dict[str, tuple[Callable[..., Any], type[torch.autograd.Function]]] = {
+    "dense": (dense_fwd, DenseRouted),
+    "grouped": (grouped_fwd, GroupedRouted),
+    "gather": (gather_fwd, GatherRouted),
 }
 
 
@@ -32,6 +34,7 @@ def routed_lora(
     base: Tensor | None = None,
     backend: str = "auto",
     strategy: str = "auto",
+    check_index: bool = True,
 ) -> Tensor:
     """Sum each row's chosen low-rank adapters: y = base + sum_j w_j B_{i_j} A_{i_j} x.
 
@@ -46,6 +49,9 @@ def routed_lora(
         base: Added to the result, never written to; shaped like the result, dtype of x.
         backend: "auto", "torch" or "reference". REMIX_BACKEND replaces "auto".
         strategy: "auto" (by the cost model), "dense", "grouped" or "gather".
+        check_index: False skips looking for experts out of range or chosen twice, for an index that
+            is known to be right. (On CUDA that takes a synchronisation, so it is only looked for
+            under REMIX_STRICT=1.)
 
     Returns:
         [..., out] (or [M, ..., out]) in the dtype of x. Differentiable in x, lora_A, lora_B, base
@@ -58,7 +64,7 @@ def routed_lora(
 
     Source: ReMix (arXiv 2603.10160) section 3.1, eq. 5, with general weights.
     """
-    shape = _check_routed(x, lora_A, lora_B, top_k_index, top_k_weights)
+    shape = _check_routed(x, lora_A, lora_B, top_k_index, top_k_weights, check_index)
     if base is not None and (
         base.shape != shape or base.dtype != x.dtype or base.device != x.device
     ):
@@ -84,6 +90,7 @@ def routed_linear(
     *,
     backend: str = "auto",
     strategy: str = "auto",
+    check_index: bool = True,
 ) -> Tensor:
     """A frozen linear and each row's adapters in one op: y = W x + b + sum_j w_j B_{i_j} A_{i_j} x.
 
@@ -101,6 +108,7 @@ def routed_linear(
         top_k_weights: As in `routed_lora`.
         backend: As in `routed_lora`.
         strategy: As in `routed_lora`.
+        check_index: As in `routed_lora`.
 
     Returns:
         [..., out] (or [M, ..., out]) in the dtype of x.
@@ -111,7 +119,7 @@ def routed_linear(
 
     Source: ReMix (arXiv 2603.10160) section 3.1, eq. 5.
     """
-    shape = _check_routed(x, lora_A, lora_B, top_k_index, top_k_weights)
+    shape = _check_routed(x, lora_A, lora_B, top_k_index, top_k_weights, check_index)
     _check_frozen(x, weight, bias, lora_B.shape[1])
     if resolve_backend(backend, x) == "reference":
         return reference.routed_linear_ref(
@@ -238,12 +246,19 @@ def _run_torch(
         # The sum of nothing, still attached to every input: gradients are zeros, not None.
         zero = lora_A.sum() * 0 + lora_B.sum() * 0 + rows.sum().to(lora_A.dtype) * 0
         return (x.new_zeros(shape) + zero.to(x.dtype)) if base is None else base.view(shape) + zero
-    y = ROUTED[name].apply(rows, weight, bias, base, lora_A, lora_B, index, weights)
+    forward, function = ROUTED[name]
+    inputs = (rows, weight, bias, base, lora_A, lora_B, index, weights)
+    y = function.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)[0]
     return y.view(shape)
 
 
 def _check_routed(
-    x: Tensor, lora_A: Tensor, lora_B: Tensor, top_k_index: Tensor, top_k_weights: Tensor | float
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor | float,
+    check_index: bool,
 ) -> torch.Size:
     """Check the arguments of a routed op and return the shape of its result."""
     for name, tensor in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
@@ -266,7 +281,7 @@ def _check_routed(
             f"{list(lora_B.shape)} it must "
             f"be [{n}, {r}, {x.shape[-1]}] (or [1, ...] when shared) with r >= 1"
         )
-    _check_index(top_k_index, n, x.device)
+    _check_index(top_k_index, n, x.device, check_index)
     lead, k = top_k_index.shape[:-1], top_k_index.shape[-1]
     if lead != x.shape[:-1] and lead[1:] != x.shape[:-1]:
         raise ValueError(
@@ -304,7 +319,7 @@ def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, out: int) -> N
         raise ValueError(f"weight is on {weight.device} and x on {x.device}; move one of them")
 
 
-def _check_index(index: Tensor, n: int, device: torch.device) -> None:
+def _check_index(index: Tensor, n: int, device: torch.device, values: bool = True) -> None:
     """Check the type, k <= n, and (where it costs no device sync) range and distinctness."""
     if not isinstance(index, Tensor):
         raise TypeError(f"top_k_index must be a tensor, got {type(index).__name__}")
@@ -316,7 +331,7 @@ def _check_index(index: Tensor, n: int, device: torch.device) -> None:
         raise ValueError(
             f"top_k_index is {list(index.shape)}: its last dimension k must be 1 <= k <= n = {n}"
         )
-    if torch.compiler.is_compiling() or index.numel() == 0:
+    if not values or torch.compiler.is_compiling() or index.numel() == 0:
         return
     if index.device.type != "cpu" and os.environ.get("REMIX_STRICT") != "1":
         return

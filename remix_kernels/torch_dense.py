@@ -45,6 +45,34 @@ def pack_b(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     return lora_B.to(dtype).transpose(1, 2).reshape(-1, lora_B.shape[1])
 
 
+def dense_fwd(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    index: Tensor,
+    weights: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T, in], index [M T, k] -> y [M T, out], mask [n, M T], H [n r, M T], A x [n r or r, T]."""
+    rows, n, r = x.shape[0], lora_B.shape[0], lora_B.shape[2]
+    m = index.shape[0] // rows
+    mask = selection_mask(index.long(), weights, n, x.dtype)
+    shrunk = pack_a(lora_A, x.dtype) @ x.T
+    masked = shrunk.view(-1, r, 1, rows) * mask.view(n, 1, m, rows)
+    hidden = masked.view(n * r, m * rows)
+    packed_b = pack_b(lora_B, x.dtype)
+    if base is not None:
+        y = torch.addmm(base, hidden.T, packed_b)
+    elif weight is not None:
+        y = start_output(x, weight, bias, None, m * rows, lora_B.shape[1])
+        y.addmm_(hidden.T, packed_b)
+    else:
+        y = hidden.T @ packed_b
+    return y, mask, hidden, shrunk
+
+
 class DenseRouted(torch.autograd.Function):
     """y [M T, out] from x [T, in] and index [M T, k]; added to x W^T + b, to base, or alone."""
 
@@ -60,20 +88,7 @@ class DenseRouted(torch.autograd.Function):
         index: Tensor,
         weights: Tensor | float,
     ) -> Tensor:
-        rows, n, r = x.shape[0], lora_B.shape[0], lora_B.shape[2]
-        m = index.shape[0] // rows
-        mask = selection_mask(index.long(), weights, n, x.dtype)
-        shrunk = pack_a(lora_A, x.dtype) @ x.T
-        masked = shrunk.view(-1, r, 1, rows) * mask.view(n, 1, m, rows)
-        hidden = masked.view(n * r, m * rows)
-        packed_b = pack_b(lora_B, x.dtype)
-        if base is not None:
-            y = torch.addmm(base, hidden.T, packed_b)
-        elif weight is not None:
-            y = start_output(x, weight, bias, None, m * rows, lora_B.shape[1])
-            y.addmm_(hidden.T, packed_b)
-        else:
-            y = hidden.T @ packed_b
+        y, mask, hidden, shrunk = dense_fwd(x, weight, bias, base, lora_A, lora_B, index, weights)
         tensor_weights = weights if isinstance(weights, Tensor) else None
         learned = tensor_weights is not None and tensor_weights.requires_grad
         kept = shrunk if learned else None

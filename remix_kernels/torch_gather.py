@@ -16,6 +16,31 @@ from torch import Tensor
 from remix_kernels._frozen import frozen_dx, start_output
 
 
+def gather_fwd(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    index: Tensor,
+    weights: Tensor | float,
+) -> tuple[Tensor, list[list[int]]]:
+    """x [T, in], index [M T, k] -> y [M T, out], and the index as lists."""
+    rows = x.shape[0]
+    y = start_output(x, weight, bias, base, index.shape[0], lora_B.shape[1])
+    chosen = index.tolist()
+    scales = weights.tolist() if isinstance(weights, Tensor) else None
+    shared_a = lora_A.shape[0] == 1
+    for p, experts in enumerate(chosen):
+        row = x[p % rows]
+        for j, i in enumerate(experts):
+            hidden = lora_A[0 if shared_a else i].to(x.dtype).mv(row)
+            scale: Any = weights if scales is None else scales[p][j]
+            y[p].addmv_(lora_B[i].to(x.dtype), hidden, alpha=scale)
+    return y, chosen
+
+
 class GatherRouted(torch.autograd.Function):
     """y [M T, out] from x [T, in] and index [M T, k]; added to x W^T + b, to base, or alone."""
 
@@ -31,20 +56,9 @@ class GatherRouted(torch.autograd.Function):
         index: Tensor,
         weights: Tensor | float,
     ) -> Tensor:
-        rows = x.shape[0]
-        y = start_output(x, weight, bias, base, index.shape[0], lora_B.shape[1])
-        chosen = index.tolist()
-        scales = weights.tolist() if isinstance(weights, Tensor) else None
-        shared_a = lora_A.shape[0] == 1
-        for p, experts in enumerate(chosen):
-            row = x[p % rows]
-            for j, i in enumerate(experts):
-                hidden = lora_A[0 if shared_a else i].to(x.dtype).mv(row)
-                scale: Any = weights if scales is None else scales[p][j]
-                y[p].addmv_(lora_B[i].to(x.dtype), hidden, alpha=scale)
+        y, ctx.chosen = gather_fwd(x, weight, bias, base, lora_A, lora_B, index, weights)
         tensor_weights = weights if isinstance(weights, Tensor) else None
         ctx.scale = None if isinstance(weights, Tensor) else weights
-        ctx.chosen = chosen
         ctx.save_for_backward(x, weight, lora_A, lora_B, tensor_weights)
         return y
 

@@ -49,6 +49,30 @@ def each_expert(offsets: list[int]) -> list[tuple[int, slice]]:
     return [(i, slice(low, high)) for i, (low, high) in enumerate(spans) if high > low]
 
 
+def grouped_fwd(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    index: Tensor,
+    weights: Tensor | float,
+) -> tuple[Tensor, Tensor, Pairs]:
+    """x [T, in], index [M T, k] -> y [M T, out], A x of every pair [P, r], the sorted pairs."""
+    rows, n, r = x.shape[0], lora_B.shape[0], lora_B.shape[2]
+    pairs = sort_pairs(index, rows, n)
+    y = start_output(x, weight, bias, base, index.shape[0], lora_B.shape[1])
+    shrunk = x.new_empty(index.numel(), r)
+    scale = _sorted_weights(weights, pairs, x.dtype)
+    for i, span in each_expert(pairs.offsets):
+        a = lora_A[i if lora_A.shape[0] > 1 else 0].to(x.dtype)
+        torch.mm(x.index_select(0, pairs.x_rows[span]), a.T, out=shrunk[span])
+        hidden = shrunk[span] * _at(scale, span)
+        y.index_add_(0, pairs.y_rows[span], hidden @ lora_B[i].to(x.dtype).T)
+    return y, shrunk, pairs
+
+
 class GroupedRouted(torch.autograd.Function):
     """y [M T, out] from x [T, in] and index [M T, k]; added to x W^T + b, to base, or alone."""
 
@@ -64,19 +88,9 @@ class GroupedRouted(torch.autograd.Function):
         index: Tensor,
         weights: Tensor | float,
     ) -> Tensor:
-        rows, n, r = x.shape[0], lora_B.shape[0], lora_B.shape[2]
-        pairs = sort_pairs(index, rows, n)
-        y = start_output(x, weight, bias, base, index.shape[0], lora_B.shape[1])
-        shrunk = x.new_empty(index.numel(), r)
-        scale = _sorted_weights(weights, pairs, x.dtype)
-        for i, span in each_expert(pairs.offsets):
-            a = lora_A[i if lora_A.shape[0] > 1 else 0].to(x.dtype)
-            torch.mm(x.index_select(0, pairs.x_rows[span]), a.T, out=shrunk[span])
-            hidden = shrunk[span] * _at(scale, span)
-            y.index_add_(0, pairs.y_rows[span], hidden @ lora_B[i].to(x.dtype).T)
-        ctx.offsets = pairs.offsets
-        ctx.scale = None if isinstance(scale, Tensor) else scale
+        y, shrunk, pairs = grouped_fwd(x, weight, bias, base, lora_A, lora_B, index, weights)
         tensor_weights = weights if isinstance(weights, Tensor) else None
+        ctx.offsets, ctx.scale = pairs.offsets, None if tensor_weights is not None else weights
         ctx.save_for_backward(
             x,
             weight,
@@ -96,7 +110,7 @@ class GroupedRouted(torch.autograd.Function):
         x, weight, lora_A, lora_B, weights, shrunk, order, x_rows, y_rows = ctx.saved_tensors
         need_x, _, _, need_base, need_a, need_b, _, need_w = ctx.needs_input_grad
         pairs = Pairs(order, x_rows, y_rows, ctx.offsets)
-        scale = ctx.scale if weights is None else _sorted_weights(weights, pairs, x.dtype)
+        scale = _sorted_weights(ctx.scale if weights is None else weights, pairs, x.dtype)
         dlora_a = torch.zeros_like(lora_A) if need_a else None
         dlora_b = torch.zeros_like(lora_B) if need_b else None
         dscale = x.new_empty(order.numel()) if need_w else None

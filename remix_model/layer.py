@@ -143,6 +143,7 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
                 base=self.base_layer(x),
                 backend=self.backend,
                 strategy=self.strategy,
+                check_index=False,
             )
         else:
             y = routed_linear(
@@ -155,6 +156,7 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
                 self.scaling,
                 backend=self.backend,
                 strategy=self.strategy,
+                check_index=False,
             )
         return self.site.deliver(y, routed_x, self.router, selection, self.training)
 

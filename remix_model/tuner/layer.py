@@ -146,6 +146,7 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
             self.scaling[name],
             backend=self.runtime.backend,
             strategy=self.runtime.strategy,
+            check_index=False,
         )
         return self.sites[name].deliver(y, routed_x, router, selection, self.training)
 
@@ -161,6 +162,7 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
             base=base,
             backend=self.runtime.backend,
             strategy=self.runtime.strategy,
+            check_index=False,
         )
         return self.sites[name].deliver(y, routed_x, router, selection, self.training)
 
