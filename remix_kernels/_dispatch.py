@@ -47,6 +47,12 @@ def resolve_backend(backend: str, x: Tensor) -> str:
     return "torch" if backend == "auto" else backend
 
 
+def check_strategy(strategy: str) -> None:
+    """Raise ValueError for an unknown name."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
+
+
 def resolve_strategy(strategy: str, rows: int, lora_A: Tensor, lora_B: Tensor, top_k: int) -> str:
     """The strategy to run: an explicit one, else the cheapest by the cost model.
 
@@ -56,12 +62,7 @@ def resolve_strategy(strategy: str, rows: int, lora_A: Tensor, lora_B: Tensor, t
         lora_A: [n or 1, r, in].
         lora_B: [n, out, r].
         top_k: Experts a row.
-
-    Raises:
-        ValueError: The name is unknown.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
     if strategy != "auto":
         return strategy
     n, out, r = lora_B.shape
@@ -85,5 +86,9 @@ def strategy_costs_s(
             + busy_experts * _EXPERT_CALL_S
             + _DENSE_CALL_S
         ),
-        "gather": flops_grouped / _FLOP_PER_S + rows * top_k * _SLOT_CALL_S,
+        "gather": (
+            flops_grouped / _FLOP_PER_S
+            + 3.0 * rows * top_k * r * width * itemsize / _BYTES_PER_S
+            + rows * top_k * _SLOT_CALL_S
+        ),
     }

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +29,24 @@ def start_output(
     bias = None if bias is None else bias.to(x.dtype)
     y = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
     return y if rows == x.shape[0] else y.repeat(rows // x.shape[0], 1)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Run in the dtypes at hand: the ops choose their own, and autocast would mix them again."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def without_autocast(backward: Callable[..., Any]) -> Any:
+    """Decorate a Function's backward: autocast may be on around loss.backward()."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grad_outputs: Any) -> Any:
+        with no_autocast(grad_outputs[0].device):
+            return backward(ctx, *grad_outputs)
+
+    return run
 
 
 def frozen_dx(dy: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,16 @@ import torch
 from torch import Tensor
 
 from remix_kernels import reference
-from remix_kernels._dispatch import resolve_backend, resolve_strategy
+from remix_kernels._checks import (
+    check_base,
+    check_frozen,
+    check_logits,
+    check_routed,
+    check_seed,
+    check_top_k_index,
+)
+from remix_kernels._dispatch import check_strategy, resolve_backend, resolve_strategy
+from remix_kernels._frozen import no_autocast
 from remix_kernels.torch_dense import DenseRouted, dense_fwd
 from remix_kernels.torch_gather import GatherRouted, gather_fwd
 from remix_kernels.torch_grouped import GroupedRouted, grouped_fwd
@@ -64,14 +72,10 @@ def routed_lora(
 
     Source: ReMix (arXiv 2603.10160) section 3.1, eq. 5, with general weights.
     """
-    shape = _check_routed(x, lora_A, lora_B, top_k_index, top_k_weights, check_index)
-    if base is not None and (
-        base.shape != shape or base.dtype != x.dtype or base.device != x.device
-    ):
-        raise ValueError(
-            f"base is {_describe(base)}; it must be {list(shape)}, {x.dtype} on {x.device} like "
-            "the result"
-        )
+    shape = check_routed(x, lora_A, lora_B, top_k_index, top_k_weights, check_index)
+    if base is not None:
+        check_base(x, base, shape)
+    check_strategy(strategy)
     if resolve_backend(backend, x) == "reference":
         return reference.routed_lora_ref(x, lora_A, lora_B, top_k_index, top_k_weights, base=base)
     return _run_torch(
@@ -119,8 +123,9 @@ def routed_linear(
 
     Source: ReMix (arXiv 2603.10160) section 3.1, eq. 5.
     """
-    shape = _check_routed(x, lora_A, lora_B, top_k_index, top_k_weights, check_index)
-    _check_frozen(x, weight, bias, lora_B.shape[1])
+    shape = check_routed(x, lora_A, lora_B, top_k_index, top_k_weights, check_index)
+    check_frozen(x, weight, bias, lora_B.shape[1])
+    check_strategy(strategy)
     if resolve_backend(backend, x) == "reference":
         return reference.routed_linear_ref(
             x, weight, bias, lora_A, lora_B, top_k_index, top_k_weights
@@ -129,7 +134,8 @@ def routed_linear(
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
         bias = None if bias is None else bias.to(x.dtype)
-        base = torch.nn.functional.linear(x, weight.to(x.dtype), bias).expand(shape)
+        with no_autocast(x.device):
+            base = torch.nn.functional.linear(x, weight.to(x.dtype), bias).expand(shape)
         return _run_torch(
             x, None, None, base, lora_A, lora_B, top_k_index, top_k_weights, strategy, shape
         )
@@ -164,12 +170,11 @@ def sample_top_k(
 
     Source: ReMix (arXiv 2603.10160) section 3.2; Gumbel top-k, Kool et al. 2019, arXiv 1903.06059.
     """
-    _check_logits(logits)
+    check_logits(logits)
     n = logits.shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"k={k} is out of range: choose 1 <= k <= n = {n}, the experts in logits")
-    if offset < 0:
-        raise ValueError(f"offset={offset} is negative; it is the counter of the first row")
+    check_seed(seed, offset)
     if resolve_backend(backend, logits) == "reference":
         return reference.sample_top_k_ref(logits, k, seed=seed, offset=offset)
     index = torch_sample_top_k(logits.reshape(-1, n), k, seed, offset)
@@ -198,8 +203,8 @@ def selection_log_prob(
     Source: ReMix (arXiv 2603.10160) section 3.2: sum_j [z_{i_j} - logsumexp(z over experts not
         drawn yet)].
     """
-    _check_logits(logits)
-    _check_index(top_k_index, logits.shape[-1], logits.device)
+    check_logits(logits)
+    check_top_k_index(top_k_index, logits.shape[-1], logits.device)
     if top_k_index.shape[:-1] != logits.shape[:-1]:
         raise ValueError(
             f"top_k_index is {list(top_k_index.shape)} and logits {list(logits.shape)}: all but "
@@ -245,121 +250,11 @@ def _run_torch(
     if rows.shape[0] == 0:
         # The sum of nothing, still attached to every input: gradients are zeros, not None.
         zero = lora_A.sum() * 0 + lora_B.sum() * 0 + rows.sum().to(lora_A.dtype) * 0
+        if isinstance(weights, Tensor):
+            zero = zero + weights.sum() * 0
         return (x.new_zeros(shape) + zero.to(x.dtype)) if base is None else base.view(shape) + zero
     forward, function = ROUTED[name]
     inputs = (rows, weight, bias, base, lora_A, lora_B, index, weights)
-    y = function.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)[0]
+    with no_autocast(x.device):
+        y = function.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)[0]
     return y.view(shape)
-
-
-def _check_routed(
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor | float,
-    check_index: bool,
-) -> torch.Size:
-    """Check the arguments of a routed op and return the shape of its result."""
-    for name, tensor in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}; it must be floating point")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them")
-    if x.dim() < 1 or lora_A.dim() != 3 or lora_B.dim() != 3:
-        raise ValueError(
-            f"x {list(x.shape)}, lora_A {list(lora_A.shape)}, lora_B {list(lora_B.shape)} must be "
-            "[..., in], "
-            "[n, r, in] and [n, out, r]"
-        )
-    n, out, r = lora_B.shape
-    if lora_A.shape[0] not in (1, n) or lora_A.shape[1:] != (r, x.shape[-1]) or r < 1:
-        raise ValueError(
-            f"lora_A is {list(lora_A.shape)}; with x {list(x.shape)} and lora_B "
-            f"{list(lora_B.shape)} it must "
-            f"be [{n}, {r}, {x.shape[-1]}] (or [1, ...] when shared) with r >= 1"
-        )
-    _check_index(top_k_index, n, x.device, check_index)
-    lead, k = top_k_index.shape[:-1], top_k_index.shape[-1]
-    if lead != x.shape[:-1] and lead[1:] != x.shape[:-1]:
-        raise ValueError(
-            f"top_k_index is {list(top_k_index.shape)}; with x {list(x.shape)} it must be "
-            f"{[*x.shape[:-1], k]}, or {['M', *x.shape[:-1], k]} for M selections of the same x"
-        )
-    if isinstance(top_k_weights, Tensor):
-        if top_k_weights.shape != top_k_index.shape:
-            raise ValueError(
-                f"top_k_weights is {list(top_k_weights.shape)}; it must be a number or shaped like "
-                f"top_k_index, {list(top_k_index.shape)}"
-            )
-        if not top_k_weights.is_floating_point() or top_k_weights.device != x.device:
-            raise ValueError(
-                f"top_k_weights is {_describe(top_k_weights)}; it must be floating point on "
-                f"{x.device}"
-            )
-    elif not isinstance(top_k_weights, (int, float)):
-        raise TypeError(
-            f"top_k_weights must be a tensor or a number, got {type(top_k_weights).__name__}"
-        )
-    return torch.Size((*lead, out))
-
-
-def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, out: int) -> None:
-    if weight.shape != (out, x.shape[-1]) or not weight.is_floating_point():
-        raise ValueError(
-            f"weight is {_describe(weight)}; with x {list(x.shape)} and lora_B for {out} outputs "
-            "it must be "
-            f"floating point [{out}, {x.shape[-1]}]"
-        )
-    if bias is not None and bias.shape != (out,):
-        raise ValueError(f"bias is {list(bias.shape)}; it must be [{out}]")
-    if weight.device != x.device:
-        raise ValueError(f"weight is on {weight.device} and x on {x.device}; move one of them")
-
-
-def _check_index(index: Tensor, n: int, device: torch.device, values: bool = True) -> None:
-    """Check the type, k <= n, and (where it costs no device sync) range and distinctness."""
-    if not isinstance(index, Tensor):
-        raise TypeError(f"top_k_index must be a tensor, got {type(index).__name__}")
-    if index.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
-        raise ValueError(f"top_k_index is {index.dtype}; it must be an integer tensor")
-    if index.device != device:
-        raise ValueError(f"top_k_index is on {index.device}, the other inputs on {device}")
-    if index.dim() < 1 or not 1 <= index.shape[-1] <= n:
-        raise ValueError(
-            f"top_k_index is {list(index.shape)}: its last dimension k must be 1 <= k <= n = {n}"
-        )
-    if not values or torch.compiler.is_compiling() or index.numel() == 0:
-        return
-    if index.device.type != "cpu" and os.environ.get("REMIX_STRICT") != "1":
-        return
-    low, high = (int(v) for v in index.aminmax())
-    if low < 0 or high >= n:
-        raise ValueError(
-            f"top_k_index holds {low if low < 0 else high}; experts are numbered 0 to {n - 1}"
-        )
-    if index.shape[-1] > 1:
-        pairs = index.unsqueeze(-1) == index.unsqueeze(-2)
-        if int(pairs.count_nonzero()) != index.numel():  # more equal pairs than the diagonal
-            same = pairs.sum(-1) > 1
-            row = int(same.reshape(-1, same.shape[-1]).any(-1).nonzero()[0])
-            raise ValueError(
-                f"top_k_index chooses an expert twice in row {row}: "
-                f"{index.reshape(-1, index.shape[-1])[row].tolist()}; the k experts of a row must "
-                "be distinct"
-            )
-
-
-def _check_logits(logits: Tensor) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
-    if not logits.is_floating_point() or logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(
-            f"logits is {_describe(logits)}; it must be floating point [..., n], n >= 1"
-        )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remix_kernels._frozen import frozen_dx, start_output
+from remix_kernels._frozen import frozen_dx, start_output, without_autocast
 
 
 def selection_mask(index: Tensor, weights: Tensor | float, n: int, dtype: torch.dtype) -> Tensor:
@@ -97,6 +97,7 @@ class DenseRouted(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, index, weights, mask, hidden, shrunk = ctx.saved_tensors
         need_x, _, _, need_base, need_a, need_b, _, need_w = ctx.needs_input_grad

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remix_kernels._frozen import frozen_dx, start_output
+from remix_kernels._frozen import frozen_dx, start_output, without_autocast
 
 
 def gather_fwd(
@@ -64,12 +64,14 @@ class GatherRouted(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, weights = ctx.saved_tensors
         rows = x.shape[0]
         scales = None if weights is None else weights.tolist()
         dx = frozen_dx(dy, x, weight)
-        dlora_a, dlora_b = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
+        dlora_a = torch.zeros_like(lora_A, dtype=torch.promote_types(lora_A.dtype, x.dtype))
+        dlora_b = torch.zeros_like(lora_B, dtype=torch.promote_types(lora_B.dtype, x.dtype))
         dweights = None if weights is None else torch.zeros_like(weights)
         shared_a = lora_A.shape[0] == 1
         for p, experts in enumerate(ctx.chosen):
@@ -84,13 +86,6 @@ class GatherRouted(torch.autograd.Function):
                 dlora_b[i] += scale * torch.outer(dy[p], hidden)
                 dlora_a[ia] += scale * torch.outer(dhidden, x[t])
                 dx[t].addmv_(a.T, dhidden, alpha=scale)
-        return (
-            dx,
-            None,
-            None,
-            dy if ctx.needs_input_grad[3] else None,
-            dlora_a,
-            dlora_b,
-            None,
-            dweights,
-        )
+        dbase = dy if ctx.needs_input_grad[3] else None
+        dlora_a, dlora_b = dlora_a.to(lora_A.dtype), dlora_b.to(lora_B.dtype)
+        return dx, None, None, dbase, dlora_a, dlora_b, None, dweights

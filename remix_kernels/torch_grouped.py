@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from remix_kernels._frozen import frozen_dx, start_output
+from remix_kernels._frozen import frozen_dx, start_output, without_autocast
 
 
 class Pairs(NamedTuple):
@@ -106,12 +106,14 @@ class GroupedRouted(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, weights, shrunk, order, x_rows, y_rows = ctx.saved_tensors
         need_x, _, _, need_base, need_a, need_b, _, need_w = ctx.needs_input_grad
         pairs = Pairs(order, x_rows, y_rows, ctx.offsets)
         scale = _sorted_weights(ctx.scale if weights is None else weights, pairs, x.dtype)
-        dlora_a = torch.zeros_like(lora_A) if need_a else None
+        sum_dtype = torch.promote_types(lora_A.dtype, x.dtype)
+        dlora_a = torch.zeros_like(lora_A, dtype=sum_dtype) if need_a else None
         dlora_b = torch.zeros_like(lora_B) if need_b else None
         dscale = x.new_empty(order.numel()) if need_w else None
         dx = frozen_dx(dy, x, weight) if need_x else None
@@ -134,7 +136,9 @@ class GroupedRouted(torch.autograd.Function):
         if dscale is not None:
             dweights = torch.empty_like(dscale).index_copy_(0, order, dscale)
             dweights = dweights.view(weights.shape).to(weights.dtype)
-        return dx, None, None, dy if need_base else None, dlora_a, dlora_b, None, dweights
+        dbase = dy if need_base else None
+        dlora_a = None if dlora_a is None else dlora_a.to(lora_A.dtype)
+        return dx, None, None, dbase, dlora_a, dlora_b, None, dweights
 
 
 def _sorted_weights(weights: Tensor | float, pairs: Pairs, dtype: torch.dtype) -> Tensor | float:

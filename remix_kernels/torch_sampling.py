@@ -11,7 +11,8 @@ Log-probability of an ordered draw, and its gradient, in one pass each:
     d log Q / d z_e = [e in I] - sum_{j <= last(e)} exp(z_e - L_j)
 
 where last(e) is e's own step if it was drawn, else k. The L_j are a cumulative logsumexp taken from
-the experts never drawn backwards to the first draw, so that nothing is ever subtracted.
+the experts never drawn backwards to the first draw, so that nothing is ever subtracted; in the
+gradient each z_e meets its L_j before the exponential, which keeps it exact at any size of logits.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ import torch
 from torch import Tensor
 
 from remix_kernels._philox import philox_uint32
-
-_SERIES_BELOW = 2.0**-8  # -log(1-u) by its series below, by the logarithm above
 
 
 def sample_top_k(logits: Tensor, k: int, seed: int, offset: int) -> Tensor:
@@ -37,8 +36,7 @@ def exponential(seed: int, offset: int, rows: int, columns: int, device: torch.d
     """Standard exponentials, fp32 [rows, columns]: -log(1 - u) with u = (word + 1/2) / 2^32."""
     words = philox_uint32(seed, offset, rows, columns, device)
     u = words.float().add_(0.5).mul_(2.0**-32).clamp_(max=1.0 - 2.0**-24)
-    series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))
-    return torch.where(u < _SERIES_BELOW, series, -torch.log(1.0 - u))
+    return u.neg_().log1p_().neg_()
 
 
 def step_logsumexp(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,10 +49,13 @@ def step_logsumexp(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 def log_prob_grad(z: Tensor, index: Tensor, step_lse: Tensor) -> Tensor:
     """d log Q / d z. z [T, n] fp32, index [T, k], step_lse [T, k] -> fp32 [T, n]."""
-    log_sum = (-step_lse).logcumsumexp(1)
-    grad = -torch.exp(z + log_sum[:, -1:])
-    drawn = 1.0 - torch.exp(z.gather(1, index) + log_sum)
-    return grad.scatter_(1, index, drawn)
+    left = z.clone()
+    grad = torch.zeros_like(z)
+    for j in range(index.shape[1]):
+        step = index[:, j : j + 1]
+        grad.sub_(torch.exp(left - step_lse[:, j : j + 1]))
+        left.scatter_(1, step, float("-inf"))
+    return grad.scatter_add_(1, index, torch.ones_like(step_lse))
 
 
 class OrderedLogProb(torch.autograd.Function):

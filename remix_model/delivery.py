@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from remix_kernels._frozen import without_autocast
 from remix_kernels.torch_sampling import log_prob_grad, step_logsumexp
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class DeliverRouterGradient(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, router, logits, index = ctx.saved_tensors
         advantages = None if ctx.state is None else ctx.state.row_advantages(x.shape[:-1])

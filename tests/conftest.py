@@ -1,0 +1,92 @@
+"""What every test gets: no network, two threads, fixed seeds, a reason for whatever is skipped.
+
+REMIX_TEST_MODELS  a folder of test models (stories260k); else ../shared/models, seen from the root
+REMIX_TEST_DATA    a folder of test data sets;            else ../shared/data
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch: on a shared machine, threads that spin while idle slow small ops a hundredfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked gpu where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_remix_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own settings decide nothing here."""
+    for name in ("REMIX_BACKEND", "REMIX_STRICT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def nan_in_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty and its relatives return, so that an output that nobody wrote fails.
+
+    Patched rather than left to torch's deterministic mode, which would also change the algorithms
+    under test.
+    """
+    places = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+    places += [(torch.Tensor, name) for name in ("new_empty", "new_empty_strided")]
+    for owner, name in places:
+        monkeypatch.setattr(owner, name, _filled(getattr(owner, name)))
+
+
+def _filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocate_and_fill(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.is_floating_point():
+            tensor.detach().fill_(float("nan"))
+        elif tensor.dtype != torch.bool and not tensor.is_complex():
+            tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    return allocate_and_fill
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """The folder of a trained Llama with 260k parameters."""
+    return _find("REMIX_TEST_MODELS", "models", "stories260k")
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Callable[[str], Path]:
+    """From the name of a data set to its folder; skips the test where there is none."""
+    return lambda name: _find("REMIX_TEST_DATA", "data", name)
+
+
+def _find(variable: str, kind: str, name: str) -> Path:
+    folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / kind) / name
+    if not folder.is_dir():
+        pytest.skip(f"{name} is not at {folder}: set {variable} to the folder that holds it")
+    return folder
