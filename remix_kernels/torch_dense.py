@@ -96,8 +96,8 @@ class DenseRouted(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @without_autocast
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, index, weights, mask, hidden, shrunk = ctx.saved_tensors
         need_x, _, _, need_base, need_a, need_b, _, need_w = ctx.needs_input_grad

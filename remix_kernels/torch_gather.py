@@ -63,8 +63,8 @@ class GatherRouted(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @without_autocast
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, weights = ctx.saved_tensors
         rows = x.shape[0]

@@ -105,8 +105,8 @@ class GroupedRouted(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @without_autocast
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, weights, shrunk, order, x_rows, y_rows = ctx.saved_tensors
         need_x, _, _, need_base, need_a, need_b, _, need_w = ctx.needs_input_grad

@@ -51,8 +51,8 @@ class DeliverRouterGradient(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @without_autocast
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, router, logits, index = ctx.saved_tensors
         advantages = None if ctx.state is None else ctx.state.row_advantages(x.shape[:-1])
