@@ -14,8 +14,8 @@ from torch import Tensor
 
 def leave_one_out(returns: Tensor) -> Tensor:
     """(R_m - mean_m R) / (M - 1) over dimension 0; zeros for M = 1 (ReMix section 3.2)."""
-    num_selections = returns.shape[0]
-    return (returns - returns.mean(0, keepdim=True)) / max(num_selections - 1, 1)
+    spread = returns - returns[:1]  # exactly 0 where all selections have the same loss
+    return (spread - spread.mean(0, keepdim=True)) / max(returns.shape[0] - 1, 1)
 
 
 def sequence_credit(losses: Tensor) -> Tensor:

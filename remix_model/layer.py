@@ -131,16 +131,19 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         routed_x = x.detach() if self.router_detach_input else x
         selection = self.site.select(routed_x, self.router, self.training)
         if self.training and self.dropout.p > 0.0:
+            base = self.base_layer(x)
             y = routed_lora(
-                self.dropout(x),
+                self.dropout(x).to(base.dtype),
                 self.lora_A,
                 self.lora_B,
                 selection.index,
                 self.scaling,
-                base=self.base_layer(x),
+                base=base,
                 backend=self.backend,
                 strategy=self.strategy,
                 check_index=False,

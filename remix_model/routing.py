@@ -40,7 +40,9 @@ class RoutingState:
         self.advantages: Tensor | None = None  # [M B, T or 1], fp32
         self.losses: Tensor | None = None  # [M, B], fp32, for logging
         self.sites: list[RoutingSite] = []
+        self.streams: dict[int, int] = {}  # by id of the site, which self.sites keeps alive
         self._grad_scale: Tensor | float = 1.0
+        self._delivering = False
 
     @property
     def folded_batch_size(self) -> int:
@@ -128,7 +130,8 @@ class RoutingState:
         if num_items is None:
             count = token_losses.numel() if mask is None else mask.count_nonzero()
             num_items = count / num_selections
-        if not torch.is_tensor(num_items) and num_items <= 0:
+        on_device = torch.is_tensor(num_items) and num_items.device.type != "cpu"
+        if not on_device and float(num_items) <= 0:  # on a device that would be a synchronisation
             raise ValueError(f"num_items={num_items}: no loss counts; is everything masked?")
         counted = token_losses if mask is None else token_losses.masked_fill(mask == 0, 0.0)
         losses = (counted.float() / num_items).view(num_selections, rows // num_selections, -1)
@@ -142,21 +145,28 @@ class RoutingState:
     def begin_backward(self, grad_scale: Tensor) -> None:
         """From here to the end of this backward pass, recomputations replay this state."""
         self._grad_scale = grad_scale.detach()
+        self._delivering = True
         for site in self.sites:
-            site.replaying = self
+            site.begin_backward(self, torch._C._current_graph_task_id())
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
     def _end_backward(self) -> None:
+        self._delivering = False
         for site in self.sites:
-            site.replaying = None
+            site.end_backward()
+
+    def drawn_at(self, site: RoutingSite) -> list[Tensor]:
+        """The selections that a site drew in this state, one a forward pass."""
+        stream = self.streams.get(id(site))
+        return [] if stream is None else self.selections.get(stream, [])
 
     def row_advantages(self, lead: torch.Size) -> Tensor | None:
-        """grad_scale * advantage of every row of a layer, flattened; None before `loss` was called.
+        """grad_scale * advantage of every row of a layer, flattened; None outside its backward.
 
         Args:
             lead: Leading dimensions of the layer's input: [M B, T] or [M B T] or [M B].
         """
-        if self.advantages is None:
+        if self.advantages is None or not self._delivering:
             return None
         per_sequence = self.positions(lead)
         rows = self.advantages.expand(-1, per_sequence)
@@ -251,11 +261,11 @@ def sample_routing(
             raise RuntimeError(
                 f"{name} is already inside a sample_routing context; close that one first"
             )
-        site.stream = stream
+        site.stream = state.streams[id(site)] = stream
         site.name = name
     for site in state.sites:
         site.state = site.last = state
-        site.replaying = None
+        site.last_forced = None
     try:
         yield state
     finally:

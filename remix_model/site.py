@@ -64,19 +64,26 @@ class RoutingSite:
         self.stream = 0
         self.state: RoutingState | None = None  # inside sample_routing
         self.last: RoutingState | None = None  # whose draw the last training forward used
+        self.last_forced: Tensor | None = None  # what it was forced to use, outside a context
         self.replaying: RoutingState | None = None  # whose backward pass is running
+        self.replayed = False  # whether this layer was recomputed in it
+        self.ambiguous = False  # another state's backward pass began before that
+        self.graph_task = -1
         self.forced: Tensor | None = None
-        self.record: SiteRecord | None = None
+        self.records: list[SiteRecord] = []
         self.router_weight: Tensor | None = None  # the parameter, to ask whether it is trained
         self.warned: list[bool] = [False]  # shared by the sites of one model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingSite:
         """A copy of the layer starts with no context and no saved selections."""
-        return RoutingSite(self.num_experts, self.top_k, self.temperature)
+        copied = RoutingSite(self.num_experts, self.top_k, self.temperature)
+        copied.warned = memo.setdefault(-id(self.warned), [False])  # one flag for the copies too
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled likewise."""
-        return RoutingSite, (self.num_experts, self.top_k, self.temperature)
+        arguments = (self.num_experts, self.top_k, self.temperature)
+        return RoutingSite, arguments, {"warned": self.warned}
 
     def router_is_trained(self) -> bool:
         """Whether the layer's router takes a gradient."""
@@ -95,20 +102,19 @@ class RoutingSite:
         with torch.no_grad():
             logits = self._logits(x, router)
             if in_backward():
-                state = self.replaying or self.last
-                if state is not None and self.stream in state.selections:
-                    return Selection(self._saved(state), logits, state)
-                return Selection(self._choose(logits), logits, None)
+                return self._recompute(logits)
+            self.replaying = None  # a forward pass outside a backward pass: none is running
             state = self.state
             if state is None:
+                index = self._choose(logits)
                 if training:
                     self.last = None
-                index = self._choose(logits)
+                    self.last_forced = None if self.forced is None else index
             else:
                 index = self._draw(logits, state)
                 state.selections.setdefault(self.stream, []).append(index)
-            if self.record is not None:
-                self.record.add(logits, index, state)
+            for record in self.records:
+                record.add(logits, index, state)
         return Selection(index, logits, state)
 
     def deliver(
@@ -126,6 +132,23 @@ class RoutingSite:
         return DeliverRouterGradient.apply(
             y, x, router, selection.logits, selection.index, self.temperature, selection.state
         )
+
+    def begin_backward(self, state: RoutingState, graph_task: int) -> None:
+        """`state`'s backward pass has begun: recomputations in it replay what it drew.
+
+        Several losses may share one backward pass. Recomputation does not say which it is for, so
+        a state may follow another only after this layer was recomputed for that one.
+        """
+        shared = self.replaying not in (None, state) and self.graph_task == graph_task
+        if shared and not self.replayed:
+            self.ambiguous = True
+            return
+        self.replaying, self.replayed, self.ambiguous = state, False, False
+        self.graph_task = graph_task
+
+    def end_backward(self) -> None:
+        """The backward pass is over."""
+        self.replaying, self.ambiguous = None, False
 
     def check_forced(self, name: str, index: Tensor) -> None:
         """Raise ValueError unless `index` names top_k distinct experts in every row."""
@@ -188,8 +211,23 @@ class RoutingSite:
                 f"broadcast to the layer's rows, {list(shape)}"
             ) from None
 
-    def _saved(self, state: RoutingState) -> Tensor:
-        saved = state.selections[self.stream]
+    def _recompute(self, logits: Tensor) -> Selection:
+        """What the forward pass that is being recomputed chose."""
+        if self.ambiguous:
+            raise RuntimeError(
+                f"{self.name} is recomputed by activation checkpointing in a backward pass that "
+                "several sample_routing losses share, which does not say whose pass it repeats: "
+                "call backward on each loss by itself"
+            )
+        for state in (self.replaying, self.last):
+            saved = None if state is None else state.drawn_at(self)
+            if saved:
+                self.replayed = True
+                return Selection(self._only(saved), logits, state)
+        index = self._choose(logits) if self.last_forced is None else self.last_forced
+        return Selection(index, logits, None)
+
+    def _only(self, saved: list[Tensor]) -> Tensor:
         if len(saved) > 1:
             raise RuntimeError(
                 f"{self.name} ran {len(saved)} times in one sample_routing context and is now "

@@ -131,12 +131,12 @@ class RoutingRecorder:
     def attach(self) -> None:
         """Start counting at every site."""
         for name, site in self._sites.items():
-            site.record = self._records[name]
+            site.records.append(self._records[name])
 
     def detach(self) -> None:
         """Stop counting."""
-        for site in self._sites.values():
-            site.record = None
+        for name, site in self._sites.items():
+            site.records.remove(self._records[name])
 
     def note_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: which tokens of this pass are real."""

@@ -35,19 +35,18 @@ class ReMixTrainerMixin(_Base):
         Raises:
             ValueError: The model has no routed layer, or M < 2 with trainable routers.
         """
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.args, ReMixArguments):
+        given = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if not isinstance(given, ReMixArguments):
             raise ValueError(
-                f"args is {type(self.args).__name__}; use ReMixTrainingArguments (or "
-                "ReMixSFTConfig)"
+                f"args is {type(given).__name__}; use ReMixTrainingArguments (or ReMixSFTConfig)"
             )
+        super().__init__(*args, **kwargs)
         sites = find_sites(self._module())
         trained = any(site.router_is_trained() for site in sites.values())
-        if trained and self.args.remix_num_selections < 2:
+        if trained and given.remix_num_selections < 2:
             raise ValueError(
-                f"remix_num_selections={self.args.remix_num_selections} with trainable routers: "
-                "RLOO's baseline "
-                "needs at least 2 (or freeze the routers with requires_grad_(False))"
+                f"remix_num_selections={given.remix_num_selections} with trainable routers: RLOO's "
+                "baseline needs at least 2 (or freeze the routers with requires_grad_(False))"
             )
         self.loss_is_scaled_for_ga = True
         self._recorder = RoutingRecorder(self._module())
@@ -149,31 +148,47 @@ class ReMixTrainerMixin(_Base):
             "lora": self.args.max_grad_norm,
             "router": self.args.max_grad_norm if router_limit is None else router_limit,
         }
-        total = torch.zeros(())
-        for kind, limit in limits.items():
-            parameters = [
-                p
-                for name, p in model.named_parameters()
-                if p.grad is not None and (ROUTER_PARAMETER in name) == (kind == "router")
-            ]
-            if not parameters:
-                continue
-            norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            self._grad_norms[kind] = norm.detach()
-            total = total.to(norm.device) + norm.detach().square()
-        if not bool(torch.isfinite(total)) and self.accelerator.scaler is None:
-            bad = [
-                name
-                for name, p in model.named_parameters()
-                if p.grad is not None and not bool(torch.isfinite(p.grad).all())
-            ]
-            raise NonFiniteError(
-                f"the gradient of {bad[0] if bad else 'a parameter'} is not finite at step "
-                f"{self.state.global_step + 1} ({len(bad)} parameters); nothing was updated. Lower "
-                "learning_rate"
-            )
-        return total.sqrt()
+        groups: dict[str, list[nn.Parameter]] = {"lora": [], "router": []}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                kind = "router" if ROUTER_PARAMETER in name else "lora"
+                groups[kind].append(parameter)
+        norms = {
+            kind: torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+            for kind, group in groups.items()
+            if group
+        }
+        for kind, norm in norms.items():
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            self._grad_norms[kind] = whole.detach()
+        total = torch.stack([self._grad_norms[kind] for kind in norms]).square().sum().sqrt()
+        if self.accelerator.scaler is None:  # which skips a step that is not finite
+            self._check_finite(total, model)
+        for kind, norm in norms.items():
+            if limits[kind] > 0:
+                torch.nn.utils.clip_grads_with_norm_(groups[kind], limits[kind], norm)
+        return total
+
+    def _check_finite(self, total: Tensor, model: nn.Module) -> None:
+        """Raise NonFiniteError, naming a parameter, unless the gradient's norm is finite."""
+        if bool(torch.isfinite(total)):
+            return
+        bad = [
+            name
+            for name, p in model.named_parameters()
+            if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+        ]
+        raise NonFiniteError(
+            f"the gradient of {bad[0] if bad else 'all parameters together'} is not finite at step "
+            f"{self.state.global_step + 1} ({len(bad)} parameters); nothing was updated. Lower "
+            "learning_rate"
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The parent clips only if max_grad_norm > 0; the routers' limit may be set without it."""
+        return super()._get_grad_norm(
+            model, grad_norm=self._clip_grad_norm(model) if grad_norm is None else grad_norm
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The parent's, with `remix/...` metrics since the last training log."""
@@ -243,6 +258,8 @@ class ReMixTrainer(ReMixTrainerMixin, Trainer):
     """
 
     args: ReMixTrainingArguments
+    _loss_only = True
+    _eval_sums: list[Any] = [0.0, 0]  # noqa: RUF012  replaced, never mutated
 
     def evaluation_loss(
         self,
@@ -252,25 +269,38 @@ class ReMixTrainer(ReMixTrainerMixin, Trainer):
         num_items_in_batch: Tensor | int | None,
     ) -> Any:
         """Mean loss over labelled tokens; the parent's when metrics need all logits."""
-        if self.compute_metrics is not None:
-            return super().evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._loss_only:
+            result = super().evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = result[0] if return_outputs else result
+            count = (inputs["labels"][:, 1:] != -100).count_nonzero()
+            self._count_evaluated(loss * count, count)
+            return result
         losses, mask = token_losses(model, inputs)
         count = mask.count_nonzero()
         total = losses.sum()
-        self._eval_sums = [
-            a + b.detach() for a, b in zip(self._eval_sums, (total, count), strict=True)
-        ]
+        self._count_evaluated(total, count)
         loss = total / count.clamp(min=1)
         return (loss, {}) if return_outputs else loss
 
-    _eval_sums: list[Any] = [0.0, 0]  # noqa: RUF012  replaced, never mutated
+    def _count_evaluated(self, total: Tensor, count: Tensor) -> None:
+        """Add to the evaluation's sums of losses and of tokens."""
+        self._eval_sums = [
+            a + b.detach() for a, b in zip(self._eval_sums, (total, count), strict=True)
+        ]
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The parent's; logits at all positions only where somebody wants them."""
+        self._loss_only = prediction_loss_only
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's, with the loss weighted by tokens rather than by batches."""
         self._eval_sums = [torch.zeros((), device=self.args.device) for _ in range(2)]
         output = super().evaluation_loop(*args, **kwargs)
         total, count = self.accelerator.reduce(torch.stack(self._eval_sums).float())
-        if self.compute_metrics is None and output.metrics is not None and float(count) > 0:
+        if output.metrics is not None and float(count) > 0:
             prefix = kwargs.get("metric_key_prefix", "eval")
             output.metrics[f"{prefix}_loss"] = float(total) / float(count)
         return output

@@ -23,7 +23,8 @@ class ReMixArguments:
         remix_log_prob: As in `sample_routing`.
         remix_logprob_tokens: As in `sample_routing`.
         remix_router_learning_rate: None: the same as learning_rate.
-        remix_router_max_grad_norm: Clips the routers' gradient by itself; None: max_grad_norm.
+        remix_router_max_grad_norm: Clips the routers' gradient by itself; None: max_grad_norm, 0:
+            no clipping.
         remix_advantage_norm: "none"; other normalisations are not available in this version.
         remix_router_entropy_coef: 0.0; an entropy bonus is not available in this version.
     """
@@ -73,9 +74,10 @@ class ReMixArguments:
             if value not in known:
                 choices = ", ".join(str(choice) for choice in known)
                 raise ValueError(f"{name}={value!r} is not available; choose one of {choices}")
-        rate = self.remix_router_learning_rate
-        if rate is not None and rate < 0:
-            raise ValueError(f"remix_router_learning_rate={rate}; it must not be negative")
+        for name in ("remix_router_learning_rate", "remix_router_max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value}; it must not be negative")
 
 
 @dataclass

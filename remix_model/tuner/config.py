@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,41 +165,3 @@ class ReMixConfig(PeftConfig):
         saved: dict[str, Any] = super().to_dict()
         saved.pop("runtime_config", None)
         return saved
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> PeftConfig:
-        """Read an adapter's configuration; refuse a folder whose weights cannot be read safely.
-
-        Raises:
-            ValueError: The folder has weights, but not as readable safetensors.
-        """
-        folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
-        if os.path.isdir(folder):
-            check_adapter_file(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-
-
-def check_adapter_file(folder: str) -> None:
-    """Raise ValueError when a folder's adapter weights are a pickle, truncated or damaged."""
-    path = os.path.join(folder, "adapter_model.safetensors")
-    if not os.path.exists(path):
-        if os.path.exists(os.path.join(folder, "adapter_model.bin")):
-            raise ValueError(
-                f"{folder} holds adapter_model.bin, a pickle that can run code when read; ReMix "
-                "adapters are "
-                "only read from adapter_model.safetensors: save the adapter again with "
-                "safe_serialization=True"
-            )
-        return
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read as safetensors ({error}); the file is truncated or damaged: "
-            "copy it again"
-        ) from error

@@ -25,6 +25,11 @@ CANNOT_MERGE = (
     "plus adapter. Keep the adapter separate, or unload() it without merging."
 )
 
+MIXED_BATCH = (
+    "adapter_names= (another adapter for each row) is not available for ReMix adapters; run one "
+    "batch for each adapter"
+)
+
 
 class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
     """A linear with one or several named pools of LoRAs beside it."""
@@ -101,11 +106,7 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out]."""
         if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError(
-                "adapter_names= (another adapter for each row) is not available for ReMix "
-                "adapters; run one batch "
-                "for each adapter"
-            )
+            raise ValueError(MIXED_BATCH)
         names = (
             [] if self.disable_adapters else [n for n in self.active_adapters if n in self.sites]
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from remix_model.tuner.config import ReMixConfig
-from remix_model.tuner.layer import CANNOT_MERGE, ReMixLayer
+from remix_model.tuner.layer import CANNOT_MERGE, MIXED_BATCH, ReMixLayer
 
 _GATED = ["gate_proj", "up_proj", "down_proj"]
 _TWO = ["fc1", "fc2"]
@@ -89,6 +91,13 @@ class ReMixModel(BaseTuner):
             if isinstance(module, ReMixLayer):
                 for site in module.sites.values():
                     site.warned = warned
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT calls this around every forward pass: refuse what routed adapters cannot do."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(MIXED_BATCH)
+        yield
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
