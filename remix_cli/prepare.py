@@ -1,0 +1,230 @@
+"""From a configuration to the objects of a run. What is cheap to check comes before any weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model
+
+from remix_cli.config import RunConfig, build_config, option_fields, read_yaml
+from remix_cli.run_folder import CONFIG_FILE, is_run
+from remix_model.data import Example, load_examples, split_examples
+from remix_model.models import load_model, load_tokenizer, resolve_device
+from remix_model.tokens import tokenize
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from remix_model import ReMixConfig, ReMixTrainingArguments
+
+
+def read_data(config: RunConfig) -> tuple[list[Example], list[Example]]:
+    """Read the data set and hold part of it out.
+
+    Returns:
+        (to train on, held out). The second may be empty, with eval_size 0.
+    """
+
+    def read(source: str, split: str, limit: int | None) -> list[Example]:
+        return load_examples(
+            source,
+            split=split,
+            name=config.dataset_name,
+            prompt_template=config.prompt_template,
+            response_field=config.response_field,
+            messages_field=config.messages_field,
+            limit=limit,
+        )
+
+    train = read(config.dataset, config.dataset_split, config.limit)
+    if config.eval_dataset is not None:
+        held_out = read(config.eval_dataset, config.eval_split, config.eval_limit)
+    else:
+        train, held_out = split_examples(train, config.eval_size, seed=config.split_seed)
+    return train, held_out[: config.eval_limit]
+
+
+def encode(
+    examples: list[Example],
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: PretrainedConfig,
+) -> list[dict[str, list[int]]]:
+    """Tokenise examples, as the configuration says, for a model; none at all is fine."""
+    if not examples:
+        return []
+    return tokenize(
+        examples,
+        tokenizer,
+        max_length=config.max_length,
+        model_max_length=getattr(model_config, "max_position_embeddings", None),
+        long_examples=config.long_examples,
+        train_on=config.train_on,
+    )
+
+
+def method_config(config: RunConfig) -> ReMixConfig:
+    """Return the adapter's configuration, which checks its own values."""
+    from remix_model import ReMixConfig
+
+    names = [item.name for item in option_fields("method") if item.name != "backend"]
+    values = {name: getattr(config, name) for name in names}
+    for name in ("target_modules", "exclude_modules"):
+        # A bare name is one module; PEFT would read it as a regular expression for the whole path.
+        if isinstance(values[name], str) and re.fullmatch(r"\w+", values[name]):
+            values[name] = [values[name]]
+    return ReMixConfig(task_type="CAUSAL_LM", runtime_config={"backend": config.backend}, **values)
+
+
+def training_arguments(config: RunConfig) -> ReMixTrainingArguments:
+    """Return the trainer's arguments, which check their own values."""
+    from remix_model import ReMixTrainingArguments
+
+    if config.num_selections < 2:
+        raise ValueError(
+            f"num_selections={config.num_selections}: training the routers compares at least 2 "
+            f"sampled selections of each example"
+        )
+    if config.warmup_ratio >= 1:
+        raise ValueError(f"warmup_ratio must be a share below 1, got {config.warmup_ratio}")
+    on_cpu = resolve_device(config.device).type == "cpu"
+    same = (
+        "learning_rate",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "lr_scheduler_type",
+        "weight_decay",
+        "max_grad_norm",
+        "bf16",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "seed",
+    )
+    ours = (
+        "num_selections",
+        "credit",
+        "log_prob",
+        "logprob_tokens",
+        "router_learning_rate",
+        "router_max_grad_norm",
+    )
+    values: dict[str, Any] = {name: getattr(config, name) for name in same}
+    values.update({f"remix_{name}": getattr(config, name) for name in ours})
+    values.update(
+        output_dir=str(Path(config.output_dir).expanduser()),
+        warmup_steps=config.warmup_ratio,  # transformers reads a number below 1 as a share
+        eval_strategy="no" if config.eval_steps is None else "steps",
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+        include_num_input_tokens_seen="non_padding",
+        use_cpu=on_cpu,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=not on_cpu,
+    )
+    if config.gradient_checkpointing:
+        known = {item.name for item in fields(ReMixTrainingArguments)}
+        new_name = "activation_checkpointing"
+        values[new_name if new_name in known else "gradient_checkpointing"] = True
+    return ReMixTrainingArguments(**values)
+
+
+def skeleton(
+    config: RunConfig, model_config: PretrainedConfig, adapter: ReMixConfig, dtype: torch.dtype
+) -> Any:
+    """Return the adapted model on the meta device: all shapes and names, no weights.
+
+    Raises:
+        ValueError: The adapter does not fit the model: nothing to adapt, or not a linear layer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            model_config, dtype=dtype, trust_remote_code=config.trust_remote_code
+        )
+        return get_peft_model(base, copy.deepcopy(adapter))
+
+
+def adapter_folder(path: str) -> Path:
+    """Check that a folder holds an adapter in safetensors, and return it.
+
+    Raises:
+        ValueError: It does not.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"there is no adapter folder {folder}: check --adapter")
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no adapter_config.json: give the output_dir of a finished run, one of "
+            f"its checkpoint-N folders, or a folder written by save_pretrained"
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"{folder} holds no adapter_model.safetensors: adapter weights are read from "
+            f"safetensors only"
+        )
+    return folder
+
+
+def adapter_config(folder: Path, overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration that an adapter was trained with, and flags over it.
+
+    An adapter that no run wrote has only its base model's name.
+    """
+    base: dict[str, Any] = {}
+    for place in (folder, folder.parent):  # a run's folder, or a checkpoint in it
+        if is_run(place):
+            base = read_yaml(place / CONFIG_FILE)
+            break
+    if not base and "model" not in overrides:
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if not saved.get("base_model_name_or_path"):
+            raise ValueError(f"{folder} does not say what its base model is: give --model")
+        base = {"model": saved["base_model_name_or_path"]}
+    return build_config(overrides, base=base)
+
+
+def load_adapter(folder: Path, config: RunConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the base model, the adapter on it, and the tokenizer."""
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    adapted = PeftModel.from_pretrained(
+        load_base(config), folder, runtime_config={"backend": config.backend}
+    )
+    return adapted.eval(), tokenizer
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' own bars and notices; ours show what takes long and what is wrong."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("remix_model").setLevel(logging.INFO)
+
+
+def load_base(config: RunConfig) -> Any:
+    """Load the base model that a configuration names."""
+    return load_model(
+        config.model,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        device=config.device,
+    )

@@ -1,0 +1,151 @@
+"""A run's folder: told apart from other folders, never overwritten unasked, written atomically.
+
+A folder is a run's when it holds the `config.yaml` that `remix train` writes there first.
+Overwriting removes what a run writes, by name, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from remix_cli.config import CONFIG_HEADER, RunConfig, build_config, option_fields, read_yaml
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.json"
+# PEFT's and the tokenizer's files beside our own two. README.md is PEFT's model card.
+_RUN_FILES = (
+    METRICS_FILE,
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "README.md",
+    "training_args.bin",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    CONFIG_FILE,  # last: until it is gone the folder is still known as a run's
+)
+# A resumed run may be longer and be logged otherwise; all else would make it another run.
+_RESUME_MAY_CHANGE = {
+    *(item.name for item in option_fields("output")),
+    "device",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_eval_batch_size",
+}
+
+
+def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuse a folder that training must not write into.
+
+    Raises:
+        ValueError: It holds another run and neither flag is given, it holds something else, or it
+            cannot be written.
+    """
+    if overwrite and resume:
+        raise ValueError("--overwrite and --resume exclude each other: give one of them")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file: choose a folder")
+    if resume:
+        if not is_run(folder):
+            raise ValueError(f"there is no run to resume in {folder}: check output_dir")
+        if last_checkpoint(folder) is None:
+            raise ValueError(
+                f"the run in {folder} stopped before its first checkpoint: "
+                f"start it again with --overwrite"
+            )
+        return
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(
+            f"output_dir {folder} cannot be written: {existing} is not a folder of yours"
+        )
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not is_run(folder):
+        raise ValueError(
+            f"output_dir {folder} holds files that no run wrote: choose a new or empty folder"
+        )
+    if not overwrite:
+        raise ValueError(
+            f"output_dir {folder} holds another run: choose another folder, continue it with "
+            f"--resume, or replace it with --overwrite"
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether `remix train` wrote this folder."""
+    try:
+        with (folder / CONFIG_FILE).open(encoding="utf-8") as file:
+            return file.read(len(CONFIG_HEADER)) == CONFIG_HEADER
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def remove_run(folder: Path) -> None:
+    """Remove the files that a run wrote; whatever else is in the folder stays."""
+    for _, checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    for name in _RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of the complete checkpoints, the oldest first."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and (path / "trainer_state.json").is_file():  # the last file that is written
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the latest complete checkpoint's folder, None where there is none."""
+    found = checkpoints(folder)
+    return found[-1][1] if found else None
+
+
+def write_json(values: Any, path: Path) -> None:
+    """Write JSON under a temporary name and rename it, so that readers see all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def resolve_config(file: str | None, overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of a run: file and flags, over the saved one where a run is resumed.
+
+    Raises:
+        ValueError: As `build_config`; or a resumed run would change what it is computing.
+    """
+    config = build_config(overrides, file)
+    if not config.resume or not is_run(Path(config.output_dir)):
+        return config
+    saved = read_yaml(Path(config.output_dir) / CONFIG_FILE)
+    given = {**(read_yaml(file) if file else {}), **overrides}
+    changed = [
+        name
+        for name in given
+        if name not in _RESUME_MAY_CHANGE and given[name] != saved.get(name, given[name])
+    ]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"the run in {config.output_dir} has {name}={saved[name]!r} and cannot go on with "
+            f"{given[name]!r}: leave it out, or start a run in another folder"
+        )
+    return build_config(given, base=saved)

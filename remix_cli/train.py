@@ -1,0 +1,193 @@
+"""`remix train`: finetune a model, compare it with its start, and keep the adapter."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import PrinterCallback, set_seed
+
+from remix_cli.answers import answer
+from remix_cli.config import RunConfig, write_yaml
+from remix_cli.display import console, print_facts, print_losses, print_routing, print_sample
+from remix_cli.env import peak_memory_mib, versions
+from remix_cli.prepare import (
+    encode,
+    load_base,
+    method_config,
+    quiet_libraries,
+    read_data,
+    skeleton,
+    training_arguments,
+)
+from remix_cli.progress import ProgressCallback
+from remix_cli.run_folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    check_output_dir,
+    last_checkpoint,
+    remove_run,
+    resolve_config,
+    write_json,
+)
+from remix_model import ReMixTrainer, record_routing
+from remix_model.data import Example
+from remix_model.models import load_config, load_tokenizer
+from remix_model.tokens import DataCollator, prompt_ids
+
+
+def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    """Run the command; see `remix train --help`."""
+    quiet_libraries()
+    config = resolve_config(args.config, overrides)
+    folder = Path(config.output_dir).expanduser()
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    console.quiet = not is_main
+
+    # Everything that can be wrong, before the weights are read or a file is written.
+    if is_main:
+        check_output_dir(folder, overwrite=config.overwrite, resume=config.resume)
+    adapter_config = method_config(config)
+    train_args = training_arguments(config)
+    examples, held_out_examples = read_data(config)
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    train_rows = encode(examples, config, tokenizer, model_config)
+    held_out_rows = encode(held_out_examples, config, tokenizer, model_config)
+    if config.eval_steps is not None and not held_out_rows:
+        raise ValueError("eval_steps needs held-out data: give eval_dataset or eval_size")
+    skeleton(config, model_config, adapter_config, torch.float32)
+    held_out_rows.sort(key=lambda row: len(row["input_ids"]))  # less padding, the same mean
+
+    with console.status(f"loading {config.model}"):
+        set_seed(config.seed)
+        model = get_peft_model(load_base(config), adapter_config)
+    progress = ProgressCallback()
+    trainer = ReMixTrainer(
+        model=model,
+        args=train_args,
+        train_dataset=train_rows,
+        eval_dataset=held_out_rows or None,
+        data_collator=DataCollator.for_tokenizer(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[progress],
+    )
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = last_checkpoint(folder) if config.resume else None
+    if is_main:
+        if config.overwrite:
+            remove_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_yaml(config, folder / CONFIG_FILE)
+
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    facts = {
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": trainable,
+        "activated_parameters": model.base_model.activated_parameters(),
+        "train_examples": len(train_rows),
+        "eval_examples": len(held_out_rows),
+    }
+    print_facts(f"ReMix on {config.model}, {config.dataset}", _labels(facts))
+
+    with model.disable_adapter():
+        loss_before = _held_out_loss(trainer, "before training")
+    _train(trainer, progress, folder, checkpoint)
+    if progress.steps == 0 and (folder / METRICS_FILE).is_file():
+        console.print(f"the run in {folder} was finished already: raise max_steps to go on")
+        return
+    trainer.save_model(str(folder))
+    with record_routing(model) as recorder:
+        loss_after = _held_out_loss(trainer, "after training")
+    routing = recorder.stats() if held_out_rows else None
+
+    state = trainer.state
+    history = [_numbers(entry) for entry in state.log_history]
+    metrics: dict[str, Any] = {
+        "eval_loss_before": loss_before,
+        "eval_loss_after": loss_after,
+        "train_steps": state.global_step,
+        "train_epochs": state.epoch,
+        "train_seconds": progress.step_seconds,
+        "tokens_per_s": progress.tokens_per_s,
+        **peak_memory_mib(),
+        **facts,
+        "loss_history": [entry for entry in history if "loss" in entry],
+        "eval_history": [entry for entry in history if "eval_loss" in entry],
+        "routing": routing.to_dict() if routing else None,
+        "config": asdict(config),
+        "versions": versions(),
+        "device": str(train_args.device),
+    }
+    if not is_main:
+        return
+    write_json(metrics, folder / METRICS_FILE)
+
+    if routing is not None and loss_before is not None and loss_after is not None:
+        print_routing("Routing on the held-out data", routing, config.top_k)
+        _print_samples(model, tokenizer, held_out_examples, config)
+        losses = [("before (base model)", loss_before), ("after", loss_after)]
+        print_losses(f"Held-out loss ({len(held_out_rows)} examples)", losses)
+    keys = ("train_steps", "train_seconds", "tokens_per_s", "peak_rss_mib", "peak_cuda_mib")
+    print_facts("Run", _labels({k: metrics[k] for k in keys if k in metrics}))
+    console.print(f"adapter, tokenizer, {CONFIG_FILE} and {METRICS_FILE} are in {folder}")
+    console.print(f"try it: remix generate --adapter {folder} --compare --prompt '...'")
+
+
+def _train(
+    trainer: ReMixTrainer, progress: ProgressCallback, folder: Path, checkpoint: Path | None
+) -> None:
+    """Train, and on a failure say what is left to continue from."""
+    if checkpoint is not None:
+        console.print(f"continuing from {checkpoint}")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (FloatingPointError, KeyboardInterrupt) as error:
+        left = last_checkpoint(folder)
+        kept = f"the last good checkpoint is {left}" if left else "no checkpoint was saved yet"
+        if isinstance(error, KeyboardInterrupt):
+            console.print(f"stopped at step {trainer.state.global_step}; {kept}")
+            raise
+        raise FloatingPointError(f"training stopped: {error}; {kept}") from error
+    finally:
+        progress.close()
+
+
+def _held_out_loss(trainer: ReMixTrainer, when: str) -> float | None:
+    """Return the held-out loss under top-k routing, None without held-out data."""
+    if trainer.eval_dataset is None:
+        return None
+    if not console.is_terminal:
+        console.print(f"evaluating {len(trainer.eval_dataset)} held-out examples {when}")
+    return float(trainer.evaluate()["eval_loss"])
+
+
+def _print_samples(model: Any, tokenizer: Any, examples: list[Example], config: RunConfig) -> None:
+    """Answer the first held-out prompts with the base model and with the adapter."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    shown = 0
+    for example in examples:
+        ids = prompt_ids(example, tokenizer)
+        if not ids or (limit is not None and len(ids) + config.max_new_tokens > limit):
+            continue
+        if shown == config.num_samples:
+            break
+        shown += 1
+        with console.status("generating"):
+            tuned = answer(model, tokenizer, ids, max_new_tokens=config.max_new_tokens)
+            with model.disable_adapter():
+                base = answer(model, tokenizer, ids, max_new_tokens=config.max_new_tokens)
+        print_sample(tokenizer.decode(ids), [("base model", base), ("with the adapter", tuned)])
+
+
+def _labels(values: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(key.replace("_", " "), value) for key, value in values.items()]
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in entry.items() if isinstance(value, int | float)}

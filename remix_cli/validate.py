@@ -1,0 +1,99 @@
+"""`remix validate`: what `remix train` would do with a configuration, without doing it.
+
+Changes nothing, but for one thing: the embedded model is converted on its first use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remix_cli.display import console, print_facts
+from remix_cli.memory import estimate_memory
+from remix_cli.prepare import (
+    encode,
+    method_config,
+    quiet_libraries,
+    read_data,
+    skeleton,
+    training_arguments,
+)
+from remix_cli.run_folder import check_output_dir, resolve_config
+from remix_model.models import load_config, load_tokenizer
+from remix_model.site import find_sites
+
+
+def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    """Run the command; see `remix validate --help`."""
+    quiet_libraries()
+    config = resolve_config(args.config, overrides)
+    folder = Path(config.output_dir).expanduser()
+    check_output_dir(folder, overwrite=config.overwrite, resume=config.resume)
+    adapter_config = method_config(config)
+    train_args = training_arguments(config)
+    examples, held_out_examples = read_data(config)
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    rows = encode(examples, config, tokenizer, model_config)
+    held_out = encode(held_out_examples, config, tokenizer, model_config)
+    print_facts(f"Data: {config.dataset}", _data_facts(rows, held_out, len(examples)))
+
+    device = str(train_args.device)
+    dtype: torch.dtype = torch.float32
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    elif device != "cpu":
+        dtype = getattr(torch, str(model_config.dtype).removeprefix("torch."), dtype)
+    model = skeleton(config, model_config, adapter_config, dtype)
+    sites = find_sites(model)
+    steps = train_args.max_steps
+    if steps <= 0:
+        accumulated = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        steps = math.ceil(math.ceil(len(rows) / accumulated) * config.num_train_epochs)
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in sites})
+    parameters = list(model.parameters())
+    print_facts(
+        f"Model: {config.model}",
+        [
+            ("adapted linears", f"{len(sites)} ({', '.join(kinds)})"),
+            ("total parameters", sum(p.numel() for p in parameters)),
+            ("trainable parameters", sum(p.numel() for p in parameters if p.requires_grad)),
+            ("activated parameters", model.base_model.activated_parameters()),
+            ("optimizer steps", steps),
+            ("device", device),
+        ],
+    )
+
+    estimate = estimate_memory(
+        model,
+        num_selections=config.num_selections,
+        batch_size=config.per_device_train_batch_size,
+        tokens=max(len(row["input_ids"]) for row in rows),
+        labelled_tokens=max(sum(label != -100 for label in row["labels"]) for row in rows),
+        experts_width=len(sites) * config.num_experts * (config.r + 1),
+        gradient_checkpointing=config.gradient_checkpointing,
+        activation_bytes=2 if config.bf16 or dtype.itemsize == 2 else 4,
+    )
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+    title = f"Estimated memory of a step with M = {config.num_selections} (MiB)"
+    print_facts(title, [(part, round(getattr(estimate, part) / 2**20)) for part in parts])
+    console.print("the configuration is valid; nothing was changed")
+
+
+def _data_facts(
+    rows: list[dict[str, list[int]]], held_out: list[dict[str, list[int]]], examples: int
+) -> list[tuple[str, Any]]:
+    lengths = sorted(len(row["input_ids"]) for row in rows)
+    labelled = sum(label != -100 for row in rows for label in row["labels"])
+    return [
+        ("examples to train on", len(rows)),
+        ("dropped as too long", examples - len(rows)),
+        ("examples held out", len(held_out)),
+        ("tokens", sum(lengths)),
+        ("tokens with a loss", labelled),
+        ("tokens per example", f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"),
+    ]

@@ -1,0 +1,234 @@
+"""`ReMixSFTTrainer` on in-memory prompt/completion and chat data with a tokenizer made here."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+
+from remix_model import ReMixConfig, ReMixSFTConfig, ReMixSFTTrainer
+from remix_model.site import find_sites
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}"
+    "{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+ANIMALS = ("cat", "dog", "cow", "hen", "pig", "fox")
+SOUNDS = ("meow", "woof", "moo", "cluck", "oink", "ring")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Byte-level BPE of 280 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<|user|>", "<|assistant|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*ANIMALS, *SOUNDS, "the says what"], trainer)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", model_max_length=64
+    )
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture
+def model(make_llama, tokenizer):
+    model = make_llama(dtype=torch.float32, vocab_size=len(tokenizer))
+    model.config.update(
+        {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    )
+    model.config.bos_token_id = None
+    model.generation_config.update(**model.config.to_dict())
+    return model
+
+
+PROMPTS = Dataset.from_list(
+    [
+        {"prompt": f"what says the {animal}", "completion": f" {sound}"}
+        for animal, sound in zip(ANIMALS, SOUNDS, strict=True)
+    ]
+)
+CHATS = Dataset.from_list(
+    [
+        {
+            "messages": [
+                {"role": "user", "content": f"what says the {animal}"},
+                {"role": "assistant", "content": sound},
+            ]
+        }
+        for animal, sound in zip(ANIMALS, SOUNDS, strict=True)
+    ]
+)
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    def make(**options):
+        defaults = {
+            "output_dir": str(tmp_path),
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "per_device_train_batch_size": 3,
+            "max_steps": 20,
+            "logging_steps": 5,
+            "learning_rate": 2e-2,
+            "max_length": 48,
+            "dataset_num_proc": None,
+            "remix_num_selections": 3,
+        }
+        return ReMixSFTConfig(**{**defaults, **options})
+
+    return make
+
+
+def config():
+    torch.manual_seed(1)
+    return ReMixConfig(r=4, num_experts=4, top_k=2)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options"),
+    [
+        pytest.param(PROMPTS, {}, id="prompt-completion"),
+        pytest.param(CHATS, {}, id="chat"),
+        pytest.param(CHATS, {"assistant_only_loss": True}, id="chat-assistant-only"),
+        pytest.param(PROMPTS, {"remix_logprob_tokens": "response"}, id="response"),
+        pytest.param(PROMPTS, {"gradient_checkpointing": True}, id="checkpointed"),
+        pytest.param(PROMPTS, {"gradient_accumulation_steps": 2}, id="accumulated"),
+    ],
+)
+def test_it_learns(dataset, options, model, tokenizer, arguments):
+    trainer = ReMixSFTTrainer(
+        model=model,
+        args=arguments(**options),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=config(),
+    )
+    routers = {n: p.clone() for n, p in trainer.model.named_parameters() if "router" in n}
+    assert routers
+    trainer.train()
+    entries = [e for e in trainer.state.log_history if "loss" in e]
+    assert entries[-1]["loss"] < entries[0]["loss"] - 0.5
+    assert all(not torch.equal(trainer.model.get_parameter(n), p) for n, p in routers.items())
+    for entry in entries:
+        for name in ("loss_spread", "advantage_std", "entropy", "grad_norm_router"):
+            assert math.isfinite(entry[f"remix/{name}"])
+        assert list(entry["remix/expert_share"]) == list(find_sites(trainer.model))
+
+
+def test_loss_is_on_the_completion_only(model, tokenizer, arguments):
+    """B = 0 makes the first loss the base model's: mean over the completions' tokens."""
+    trainer = ReMixSFTTrainer(
+        model=model,
+        args=arguments(per_device_train_batch_size=6, max_steps=1, logging_steps=1),
+        train_dataset=PROMPTS,
+        processing_class=tokenizer,
+        peft_config=config(),
+    )
+    total, count = 0.0, 0
+    for row in PROMPTS:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        rest = tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([prompt + rest])).logits[0]
+        losses = nn.functional.cross_entropy(
+            logits[len(prompt) - 1 : -1], torch.tensor(rest), reduction="sum"
+        )
+        total, count = total + float(losses), count + len(rest)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_evaluation_is_top_k(model, tokenizer, arguments):
+    trainer = ReMixSFTTrainer(
+        model=model,
+        args=arguments(max_steps=8, eval_strategy="steps", eval_steps=4),
+        train_dataset=PROMPTS,
+        eval_dataset=PROMPTS,
+        processing_class=tokenizer,
+        peft_config=config(),
+    )
+    before = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == before
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.3
+
+
+def test_a_model_that_is_already_adapted(model, tokenizer, arguments, make_remix):
+    trainer = ReMixSFTTrainer(
+        model=make_remix(model),
+        args=arguments(max_steps=2, logging_steps=1),
+        train_dataset=PROMPTS,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["remix/loss_spread"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packing": True}, r"packing=True.*set it to False"),
+        ({"eval_packing": True}, r"eval_packing=True.*set it to False"),
+        ({"padding_free": True}, r"padding_free=True.*set it to False"),
+        ({"loss_type": "dft"}, r"loss_type='dft'.*'nll'"),
+        ({"remix_credit": "karma"}, r"remix_credit='karma'"),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_what_cannot_be_credited_is_refused(options, message, arguments):
+    with pytest.raises(ValueError, match=message):
+        arguments(**options)
+
+
+def test_wrong_arguments_class(model, tokenizer, tmp_path, make_remix, monkeypatch):
+    """Said before the data is tokenized."""
+    from trl import SFTConfig
+
+    monkeypatch.setattr(Dataset, "map", lambda *args, **options: pytest.fail("the data was read"))
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    with pytest.raises(ValueError, match=r"args is SFTConfig; use .*ReMixSFTConfig"):
+        ReMixSFTTrainer(
+            model=make_remix(model),
+            args=args,
+            train_dataset=PROMPTS,
+            processing_class=tokenizer,
+        )
+
+
+def test_one_selection_with_trained_routers(model, tokenizer, arguments):
+    with pytest.raises(ValueError, match="remix_num_selections=1 with trainable routers"):
+        ReMixSFTTrainer(
+            model=model,
+            args=arguments(remix_num_selections=1),
+            train_dataset=PROMPTS,
+            processing_class=tokenizer,
+            peft_config=config(),
+        )
+
+
+def test_model_without_routers(model, tokenizer, arguments):
+    with pytest.raises(ValueError, match="no routed layer"):
+        ReMixSFTTrainer(
+            model=model, args=arguments(), train_dataset=PROMPTS, processing_class=tokenizer
+        )

@@ -1,0 +1,207 @@
+"""`record_routing`: shares, entropy and effective sample sizes against hand computation."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from remix_model import (
+    RoutedLoRALinear,
+    RoutingStats,
+    force_selection,
+    record_routing,
+    sample_routing,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:a ReMix model is being trained")
+
+
+class Masked(nn.Module):
+    """A routed module of 4 experts, 2 active, that is told what is padding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        options = {"num_experts": 4, "top_k": 2, "r": 2, "router_init_range": 1.0}
+        self.routed = RoutedLoRALinear(nn.Linear(5, 3), **options)
+
+    def forward(self, x, attention_mask=None):
+        return self.routed(x)
+
+
+def random(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+INDEX = torch.tensor(
+    [
+        [[0, 1], [1, 0], [2, 0]],
+        [[1, 2], [0, 2], [3, 1]],  # the last is padding
+    ]
+)
+MASK = torch.tensor([[1, 1, 1], [1, 1, 0]])
+
+
+def recorded(model, x, index=INDEX, mask=MASK):
+    with record_routing(model) as record, force_selection(model, {"routed": index}):
+        model(x, attention_mask=mask)
+    (layer,) = record.stats().layers
+    return layer
+
+
+def test_shares_of_forced_selections():
+    layer = recorded(Masked(), random(2, 3, 5))
+    assert layer.name == "routed"
+    assert layer.tokens == 5
+    assert layer.expert_share == pytest.approx([4 / 10, 3 / 10, 3 / 10, 0])
+    assert layer.top1_share == pytest.approx([2 / 5, 2 / 5, 1 / 5, 0])
+    assert layer.dead_experts == [3]
+    assert layer.ess == 2.0
+    assert layer.share_ess == pytest.approx(1 / (0.4**2 + 0.3**2 + 0.3**2))
+
+
+def test_without_a_mask_every_row_counts():
+    layer = recorded(Masked(), random(2, 3, 5), mask=None)
+    assert layer.tokens == 6
+    assert layer.expert_share == pytest.approx([4 / 12, 4 / 12, 3 / 12, 1 / 12])
+    assert layer.dead_experts == []
+
+
+def test_policy_entropy_and_ess_by_hand():
+    model, x = Masked(), random(2, 3, 5)
+    layer = recorded(model, x)
+    entropies, sizes = [], []
+    for row, real in zip(x.view(6, 5), MASK.view(6), strict=True):
+        if real:
+            z = (model.routed.router @ row).tolist()
+            total = sum(math.exp(v) for v in z)
+            q = [math.exp(v) / total for v in z]
+            entropies.append(-sum(p * math.log(p) for p in q))
+            sizes.append(sum(q) ** 2 / sum(p * p for p in q))
+    assert layer.entropy == pytest.approx(sum(entropies) / 5, rel=1e-5)
+    assert layer.policy_ess == pytest.approx(sum(sizes) / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("logits", "entropy", "ess"), [(0.0, math.log(4), 4.0), (100.0, 0.0, 1.0)], ids=["even", "one"]
+)
+def test_extremes(logits, entropy, ess):
+    model = Masked()
+    with torch.no_grad():
+        model.routed.router.zero_()
+        model.routed.router[2] = logits
+    layer = recorded(model, torch.ones(2, 3, 5))
+    assert layer.entropy == pytest.approx(entropy, abs=1e-6)
+    assert layer.policy_ess == pytest.approx(ess)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_share_ess_is_k_when_collapsed_and_n_when_even(same):
+    index = torch.tensor([[[0, 1], [1, 0], [0, 1], [1, 0]]])
+    if not same:
+        index = torch.tensor([[[0, 1], [2, 3], [1, 2], [3, 0]]])
+    layer = recorded(Masked(), random(1, 4, 5), index, torch.ones(1, 4))
+    assert layer.share_ess == pytest.approx(2.0 if same else 4.0)
+    assert layer.dead_experts == ([2, 3] if same else [])
+
+
+def test_sums_over_passes_and_reset():
+    model, x = Masked(), random(2, 3, 5)
+    with record_routing(model) as record:
+        for mask in (MASK, MASK, None):
+            model(x, attention_mask=mask)
+        assert record.stats().layers[0].tokens == 5 + 5 + 6
+        record.reset()
+        assert record.stats().layers == []
+        model(x, attention_mask=MASK)
+    assert record.stats().layers[0].tokens == 5
+
+
+def test_sampled_passes_count_every_selection():
+    model, x = Masked().train(), random(2, 3, 5)
+    with (
+        record_routing(model) as record,
+        sample_routing(model, num_selections=3, seed=0) as routing,
+    ):
+        batch = routing.expand({"x": x, "attention_mask": MASK})
+        model(**batch)
+    (layer,) = record.stats().layers
+    assert layer.tokens == 15
+    (index,) = routing.selections[0]
+    counts = torch.bincount(index[routing.valid].flatten().long(), minlength=4)
+    assert layer.expert_share == pytest.approx((counts / 30).tolist())
+
+
+def test_recording_leaves_nothing_behind_and_changes_nothing():
+    model, x = Masked().eval(), random(2, 3, 5)
+    want = model(x)
+    with record_routing(model) as record:
+        assert torch.equal(model(x, attention_mask=MASK), want)
+    assert not model._forward_pre_hooks
+    assert not model.routed._forward_pre_hooks
+    model(x)
+    assert record.stats().layers[0].tokens == 5
+    with pytest.raises(KeyError), record_routing(model):
+        raise KeyError
+    assert not model._forward_pre_hooks
+
+
+def test_recorders_nest():
+    """An inner recorder, a trainer's for example, does not end the outer one's counting."""
+    model, x = Masked(), random(2, 3, 5)
+    with record_routing(model) as outer:
+        with record_routing(model) as inner:
+            model(x)
+        model(x)
+    assert inner.stats().layers[0].tokens == 6
+    assert outer.stats().layers[0].tokens == 12
+
+
+def test_stats_of_nothing():
+    with record_routing(Masked()) as record:
+        pass
+    stats = record.stats()
+    assert stats.layers == []
+    assert json.dumps(stats.to_dict()) == '{"layers": []}'
+    assert set(stats.summary()) >= {"entropy", "ess", "policy_ess", "share_ess", "dead_experts"}
+
+
+def test_to_dict_is_json_and_summary_is_the_mean():
+    model = nn.Sequential(Masked(), Masked())
+    model[1].routed = RoutedLoRALinear(nn.Linear(3, 5), num_experts=3, top_k=1, r=2)
+    with record_routing(model) as record:
+        model(random(2, 3, 5))
+    stats = record.stats()
+    assert isinstance(stats, RoutingStats)
+    data = json.loads(json.dumps(stats.to_dict()))
+    assert [layer["name"] for layer in data["layers"]] == ["0.routed", "1.routed"]
+    first, second = data["layers"]
+    assert set(first) == {
+        "name",
+        "tokens",
+        "expert_share",
+        "top1_share",
+        "ess",
+        "policy_ess",
+        "share_ess",
+        "entropy",
+        "dead_experts",
+    }
+    summary = stats.summary()
+    for key in ("entropy", "ess", "policy_ess", "share_ess"):
+        assert summary[key] == pytest.approx((first[key] + second[key]) / 2)
+    assert summary["dead_experts"] == len(first["dead_experts"]) + len(second["dead_experts"])
+
+
+def test_padding_of_a_language_model_is_left_out(make_remix, make_batch):
+    model, batch = make_remix().eval(), make_batch((10, 7, 9))
+    with record_routing(model) as record, torch.no_grad():
+        model(**batch)
+        model.generate(
+            input_ids=batch["input_ids"][:1], attention_mask=None, max_new_tokens=3, do_sample=False
+        )
+    assert {layer.tokens for layer in record.stats().layers} <= {26 + 10 + i for i in range(3)}
