@@ -30,15 +30,14 @@ def check_routed(
     if x.dim() < 1 or lora_A.dim() != 3 or lora_B.dim() != 3:
         raise ValueError(
             f"x {list(x.shape)}, lora_A {list(lora_A.shape)}, lora_B {list(lora_B.shape)} must be "
-            "[..., in], "
-            "[n, r, in] and [n, out, r]"
+            "[..., in], [n, r, in] and [n, out, r]"
         )
     n, out, r = lora_B.shape
     if lora_A.shape[0] not in (1, n) or lora_A.shape[1:] != (r, x.shape[-1]) or r < 1:
         raise ValueError(
             f"lora_A is {list(lora_A.shape)}; with x {list(x.shape)} and lora_B "
-            f"{list(lora_B.shape)} it must "
-            f"be [{n}, {r}, {x.shape[-1]}] (or [1, ...] when shared) with r >= 1"
+            f"{list(lora_B.shape)} it must be [{n}, {r}, {x.shape[-1]}] (or [1, ...] when shared) "
+            "with r >= 1"
         )
     check_top_k_index(top_k_index, n, x.device, check_index)
     lead, k = top_k_index.shape[:-1], top_k_index.shape[-1]

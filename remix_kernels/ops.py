@@ -208,8 +208,7 @@ def selection_log_prob(
     if top_k_index.shape[:-1] != logits.shape[:-1]:
         raise ValueError(
             f"top_k_index is {list(top_k_index.shape)} and logits {list(logits.shape)}: all but "
-            "the last "
-            "dimension must agree"
+            "the last dimension must agree"
         )
     if resolve_backend(backend, logits) == "reference":
         z = logits if logits.dtype == torch.float64 else logits.float()
@@ -217,8 +216,7 @@ def selection_log_prob(
     if unordered:
         raise ValueError(
             "unordered=True is not available in the torch backend of this version; use "
-            "unordered=False, or "
-            "backend='reference' for small inputs"
+            "unordered=False, or backend='reference' for small inputs"
         )
     n, k = logits.shape[-1], top_k_index.shape[-1]
     log_prob = OrderedLogProb.apply(logits.reshape(-1, n), top_k_index.reshape(-1, k))

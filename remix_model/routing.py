@@ -190,9 +190,8 @@ class RoutingState:
             expected = "..." if width is None else str(width)
             raise ValueError(
                 f"a routed layer got {list(lead)} rows while sampling; the folded batch has "
-                f"{sequences} sequences "
-                f"of {expected} positions: run the model on what routing.expand(batch) returned, "
-                "without a cache"
+                f"{sequences} sequences of {expected} positions: run the model on what "
+                "routing.expand(batch) returned, without a cache"
             )
         return per_sequence
 
@@ -251,8 +250,7 @@ def sample_routing(
     if num_selections < 2 and trained is not None:
         raise ValueError(
             f"num_selections={num_selections}, but the router of {trained} is trained: RLOO's "
-            "baseline needs "
-            "num_selections >= 2 (or freeze the routers with requires_grad_(False))"
+            "baseline needs num_selections >= 2 (or freeze the routers with requires_grad_(False))"
         )
     state = RoutingState(num_selections, credit, logprob_tokens, seed)
     state.sites = list(sites.values())
@@ -333,8 +331,7 @@ def _refuse_packed(batch: Mapping[str, Any]) -> None:
     if key is not None:
         raise ValueError(
             f"the batch is packed (it has {key}): several inputs share a row, which sampling "
-            "cannot credit apart; "
-            "set packing=False and padding_free=False"
+            "cannot credit apart; set packing=False and padding_free=False"
         )
 
 

@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 UNTRAINED_ROUTER = (
     "a ReMix model is being trained outside sample_routing: the adapters learn, the router does "
-    "not (its "
-    "gradient is zero). Use ReMixTrainer or ReMixSFTTrainer, open sample_routing around the "
-    "forward pass, or "
-    "freeze the routers if that is what you want."
+    "not (its gradient is zero). Use ReMixTrainer or ReMixSFTTrainer, open sample_routing around "
+    "the forward pass, or freeze the routers if that is what you want."
 )
 
 
@@ -162,8 +160,7 @@ class RoutingSite:
         if int(index.min()) < 0 or int(index.max()) >= self.num_experts:
             raise ValueError(
                 f"the selection for {name} holds expert {int(index.min())} to {int(index.max())}; "
-                "experts are "
-                f"numbered 0 to {self.num_experts - 1}"
+                f"experts are numbered 0 to {self.num_experts - 1}"
             )
         ordered = index.sort(-1).values
         if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
@@ -207,8 +204,7 @@ class RoutingSite:
         except RuntimeError:
             raise ValueError(
                 f"the selection for {self.name or 'this layer'} is {list(self.forced.shape)}; it "
-                "does not "
-                f"broadcast to the layer's rows, {list(shape)}"
+                f"does not broadcast to the layer's rows, {list(shape)}"
             ) from None
 
     def _recompute(self, logits: Tensor) -> Selection:
@@ -231,10 +227,8 @@ class RoutingSite:
         if len(saved) > 1:
             raise RuntimeError(
                 f"{self.name} ran {len(saved)} times in one sample_routing context and is now "
-                "recomputed by "
-                "activation checkpointing, which does not say which time it repeats: open one "
-                "context for each "
-                "forward pass"
+                "recomputed by activation checkpointing, which does not say which time it "
+                "repeats: open one context for each forward pass"
             )
         return saved[0]
 
@@ -264,7 +258,6 @@ def find_sites(model: nn.Module) -> dict[str, RoutingSite]:
     if not sites:
         raise ValueError(
             f"{type(model).__name__} has no routed layer; wrap it with get_peft_model(model, "
-            "ReMixConfig(...)) or "
-            "put RoutedLoRALinear modules into it"
+            "ReMixConfig(...)) or put RoutedLoRALinear modules into it"
         )
     return sites

@@ -106,9 +106,8 @@ class ReMixTrainerMixin(_Base):
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(
                 f"the loss is {float(loss)} at step {self.state.global_step + 1}, micro-step "
-                f"{self._micro_step[1]}; "
-                "nothing was updated. Lower learning_rate or max_grad_norm, or look at that "
-                "batch's data"
+                f"{self._micro_step[1]}; nothing was updated. Lower learning_rate or "
+                "max_grad_norm, or look at that batch's data"
             )
         return loss
 

@@ -21,8 +21,7 @@ from remix_model.tuner.config import ReMixConfig, ReMixRuntimeConfig
 
 CANNOT_MERGE = (
     "a ReMix adapter cannot be merged: which LoRAs apply depends on each token, so no single "
-    "weight equals base "
-    "plus adapter. Keep the adapter separate, or unload() it without merging."
+    "weight equals base plus adapter. Keep the adapter separate, or unload() it without merging."
 )
 
 MIXED_BATCH = (
@@ -189,6 +188,5 @@ def linear_features(module: Any) -> tuple[int, int]:
         return int(module.weight.shape[0]), int(module.nf)
     raise ValueError(
         f"target module {type(module).__name__} is not a linear; ReMix adapts linears only: name "
-        "linears in "
-        "target_modules, or others in exclude_modules"
+        "linears in target_modules, or others in exclude_modules"
     )

@@ -58,8 +58,8 @@ class ReMixModel(BaseTuner):
         ):
             raise ValueError(
                 f"the feed-forward linears of model type {model_config.get('model_type')!r} are "
-                "not known; name "
-                "them in target_modules, e.g. ['gate_proj', 'up_proj', 'down_proj']"
+                "not known; name them in target_modules, e.g. ['gate_proj', 'up_proj', "
+                "'down_proj']"
             )
         return super()._prepare_adapter_config(peft_config, model_config)
 

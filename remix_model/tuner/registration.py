@@ -98,9 +98,8 @@ def check_adapter_file(folder: str) -> None:
         if os.path.exists(os.path.join(folder, "adapter_model.bin")):
             raise ValueError(
                 f"{folder} holds adapter_model.bin, a pickle that can run code when read; ReMix "
-                "adapters are "
-                "only read from adapter_model.safetensors: save the adapter again with "
-                "safe_serialization=True"
+                "adapters are only read from adapter_model.safetensors: save the adapter again "
+                "with safe_serialization=True"
             )
         raise ValueError(f"{folder} holds no adapter_model.safetensors: is it an adapter's folder?")
     from safetensors import SafetensorError, safe_open
