@@ -33,6 +33,7 @@ from benchmarks.common import (
 )
 from remix_kernels import routed_linear, sample_top_k
 from remix_kernels._dispatch import resolve_strategy
+from remix_model.layer import empty_b
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ class Problem:
         self.linear = nn.Linear(case.in_features, case.out_features, bias=False)
         self.linear.requires_grad_(False)
         self.lora_A = (torch.randn(n, r, case.in_features) / case.in_features**0.5).requires_grad_()
-        self.lora_B = torch.randn(n, case.out_features, r).requires_grad_()
+        self.lora_B = (
+            empty_b(n, case.out_features, r).normal_().requires_grad_()
+        )  # the layers' strides
         self.index = sample_top_k(torch.randn(case.rows, n), k, seed=0)
         self.dy = torch.randn(case.rows, case.out_features)
         self.loras = {"lora_kr": self._lora(k * r), "lora_nr": self._lora(n * r)}
@@ -95,6 +98,7 @@ class Problem:
             self.index,
             0.5,
             strategy=strategy,
+            check_index=False,  # as the layers call it
         )
 
     def expert_loop(self) -> Tensor:

@@ -117,6 +117,11 @@ class RoutingState:
             ValueError: A shape does not fit the folded batch, or nothing counts.
         """
         rows, num_selections = self.folded_batch_size, self.num_selections
+        if self.advantages is not None:
+            raise RuntimeError(
+                "this context has one loss already, and the router is told one advantage for each "
+                "selection: add the token losses up before routing.loss, or open another context"
+            )
         if token_losses.dim() not in (1, 2) or token_losses.shape[0] != rows:
             raise ValueError(
                 f"token_losses is {list(token_losses.shape)}; it must be [{rows}, T] or [{rows}]: "
