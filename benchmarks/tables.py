@@ -1,0 +1,64 @@
+"""README's figures from the committed rows: `python -m benchmarks.tables` rewrites the section."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from benchmarks.common import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+START, END = "<!-- figures -->\n", "<!-- /figures -->"
+
+
+def latest(name: str) -> dict[tuple[str, str], dict[str, str]]:
+    """The last row of each (case, variant) in results/<name>.csv."""
+    with (RESULTS / f"{name}.csv").open(encoding="utf-8") as file:
+        return {(row["case"], row["variant"]): row for row in csv.DictReader(file)}
+
+
+def figures() -> str:
+    """The section between the markers, in Markdown."""
+    layer, step = latest("layer"), latest("train_step")
+    where = next(iter(step.values()))
+    lines = [
+        f"{where['date']}, {where['device']}, {where['threads']} threads, torch {where['torch']},",
+        "fp32; by `make bench`, all rows in `benchmarks/results`. Not measured on a GPU.",
+        "",
+        "| one adapted linear, forward + backward | over frozen | over LoRA rank k r | peak MiB |",
+        "| --- | --- | --- | --- |",
+    ]
+    names = {
+        "remix": "ReMix (`routed_linear`)",
+        "lora_kr": "PEFT LoRA, rank k r",
+        "lora_nr": "PEFT LoRA, rank n r",
+        "expert_loop": "loop over experts",
+    }
+    for case in dict.fromkeys(case for case, _ in layer):
+        for variant, label in names.items():
+            row = layer[case, variant]
+            lines.append(
+                f"| {case}: {label} | {float(row['over_frozen']):.2f} "
+                f"| {float(row['over_lora_kr']):.2f} | {float(row['peak_mib']):.0f} |"
+            )
+    lines += ["", "| SmolLM2-135M, side by side | ratio |", "| --- | --- |"]
+    for (case, variant), row in step.items():
+        if variant == row["ratio_to"]:
+            continue
+        per = " per selection" if row["per"] != "1" else ""
+        lines.append(
+            f"| {case}: time of {variant}{per} over {row['ratio_to']} | {float(row['ratio']):.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Rewrite README between the markers."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    README.write_text(before + START + figures() + END + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
