@@ -73,10 +73,15 @@ def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def _head(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that DDP and its like wrap."""
     while hasattr(model, "module") and isinstance(model.module, nn.Module):
         model = model.module
-    find = getattr(model, "get_output_embeddings", None)
+    return model
+
+
+def _head(model: nn.Module) -> nn.Module:
+    find = getattr(_unwrapped(model), "get_output_embeddings", None)
     head = find() if callable(find) else None
     if head is None:
         raise ValueError(
@@ -87,9 +92,7 @@ def _head(model: nn.Module) -> nn.Module:
 
 
 def _check_length(model: nn.Module, length: int) -> None:
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
-        model = model.module
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = getattr(getattr(_unwrapped(model), "config", None), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise ValueError(
             f"a sequence of {length} tokens is longer than the model's {limit} positions; shorten "

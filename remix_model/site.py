@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from remix_kernels import sample_top_k
+from remix_kernels._frozen import no_autocast
 from remix_model.delivery import DeliverRouterGradient, in_backward
 
 if TYPE_CHECKING:
@@ -168,10 +169,7 @@ class RoutingSite:
 
     def _logits(self, x: Tensor, router: Tensor) -> Tensor:
         """z / temperature in fp32, whatever the dtypes and whatever autocast says."""
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                logits = nn.functional.linear(x.float(), router.float())
-        else:
+        with no_autocast(x.device):
             logits = nn.functional.linear(x.float(), router.float())
         return logits if self.temperature == 1.0 else logits / self.temperature
 
