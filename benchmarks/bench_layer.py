@@ -98,7 +98,7 @@ class Problem:
             self.index,
             0.5,
             strategy=strategy,
-            check_index=False,  # as the layers call it
+            check=False,  # as the layers call it
         )
 
     def expert_loop(self) -> Tensor:

@@ -17,7 +17,6 @@ def check_routed(
     lora_B: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor | float,
-    check_index: bool,
 ) -> torch.Size:
     """Check the arguments of a routed op and return the shape of its result."""
     for name, tensor in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
@@ -39,7 +38,7 @@ def check_routed(
             f"{list(lora_B.shape)} it must be [{n}, {r}, {x.shape[-1]}] (or [1, ...] when shared) "
             "with r >= 1"
         )
-    check_top_k_index(top_k_index, n, x.device, check_index)
+    check_top_k_index(top_k_index, n, x.device)
     lead, k = top_k_index.shape[:-1], top_k_index.shape[-1]
     if lead != x.shape[:-1] and lead[:1] == (0,):
         raise ValueError(f"top_k_index is {list(top_k_index.shape)}: no selection; M >= 1")
@@ -89,7 +88,7 @@ def _check_tensor(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) 
         raise ValueError(f"{name} is {_describe(tensor)}; it must be {list(shape)}, floating point")
 
 
-def check_top_k_index(index: Tensor, n: int, device: torch.device, values: bool = True) -> None:
+def check_top_k_index(index: Tensor, n: int, device: torch.device) -> None:
     """Check the type, k <= n, and (where it costs no device sync) range and distinctness."""
     if not isinstance(index, Tensor):
         raise TypeError(f"top_k_index must be a tensor, got {type(index).__name__}")
@@ -101,7 +100,7 @@ def check_top_k_index(index: Tensor, n: int, device: torch.device, values: bool 
         raise ValueError(
             f"top_k_index is {list(index.shape)}: its last dimension k must be 1 <= k <= n = {n}"
         )
-    if not values or torch.compiler.is_compiling() or index.numel() == 0:
+    if torch.compiler.is_compiling() or index.numel() == 0:
         return
     if index.device.type != "cpu" and os.environ.get("REMIX_STRICT") != "1":
         return

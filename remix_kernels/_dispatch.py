@@ -6,12 +6,14 @@ Strategy. Per call and per row, in multiply-adds (T rows, n experts of rank r, k
     grouped  3 k r (in + out)            plus k passes over x, y, dy, dx, and a fixed cost an expert
     gather   k r (in + out)              plus a fixed cost a (row, slot): decoding only
 
-The model turns these into seconds by the constants below. They were fitted on two AVX2 cores with
+The model turns these into seconds by the constants below, with the bytes of x and y that are moved
+and the bytes of the adapters that are read. The constants were fitted on two AVX2 cores with
 `python -m benchmarks.bench_layer --strategies` (fp32); their ratios, not their sizes, decide.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 
 from torch import Tensor
@@ -21,11 +23,9 @@ STRATEGIES = ("auto", "dense", "grouped", "gather")
 
 _FLOP_PER_S = 1.0e11
 _BYTES_PER_S = 1.0e10
-_EXPERT_CALL_S = (
-    2.5e-5  # a non-empty expert in the grouped strategy: index_select, two GEMMs, index_add
-)
-_SLOT_CALL_S = 1.2e-5  # a (row, slot) in the gather strategy: two matrix-vector products
-_DENSE_CALL_S = 2.0e-5
+_DENSE_CALL_S = 6.0e-5
+_EXPERT_CALL_S = 2.5e-5  # a non-empty expert, grouped: index_select, two GEMMs, index_add
+_SLOT_CALL_S = 1.5e-5  # a (row, slot), gather: two matrix-vector products
 
 
 def resolve_backend(backend: str, x: Tensor) -> str:
@@ -64,9 +64,15 @@ def resolve_strategy(strategy: str, rows: int, lora_A: Tensor, lora_B: Tensor, t
         top_k: Experts a row.
     """
     if strategy != "auto":
+        check_strategy(strategy)
         return strategy
     n, out, r = lora_B.shape
-    costs = strategy_costs_s(rows, lora_A.shape[2], out, n, top_k, r, lora_B.element_size())
+    return _cheapest(rows, lora_A.shape[2], out, n, top_k, r, lora_B.element_size())
+
+
+@functools.lru_cache(maxsize=4096)
+def _cheapest(*shape: int) -> str:
+    costs = strategy_costs_s(*shape)
     return min(costs, key=costs.__getitem__)
 
 
@@ -76,19 +82,20 @@ def strategy_costs_s(
     """Modelled seconds over the frozen linear of one forward and backward pass, by strategy."""
     width = in_features + out_features
     busy_experts = min(n, rows * top_k)
+    expert_read_s = r * width * itemsize / _BYTES_PER_S
     flops_dense = 6.0 * rows * n * r * width
     flops_grouped = 6.0 * rows * top_k * r * width
     return {
-        "dense": flops_dense / _FLOP_PER_S + _DENSE_CALL_S,
+        "dense": flops_dense / _FLOP_PER_S + _DENSE_CALL_S + n * expert_read_s,
         "grouped": (
             flops_grouped / _FLOP_PER_S
             + 3.0 * rows * top_k * width * itemsize / _BYTES_PER_S
-            + busy_experts * _EXPERT_CALL_S
+            + busy_experts * (_EXPERT_CALL_S + expert_read_s)
             + _DENSE_CALL_S
         ),
         "gather": (
             flops_grouped / _FLOP_PER_S
-            + 3.0 * rows * top_k * r * width * itemsize / _BYTES_PER_S
-            + rows * top_k * _SLOT_CALL_S
+            + 3.0 * rows * top_k * width * itemsize / _BYTES_PER_S
+            + rows * top_k * (_SLOT_CALL_S + expert_read_s)
         ),
     }

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,18 +15,14 @@ from remix_kernels._checks import (
     check_top_k_index,
 )
 from remix_kernels._dispatch import check_strategy, resolve_backend, resolve_strategy
-from remix_kernels._frozen import no_autocast
-from remix_kernels.torch_dense import DenseRouted, dense_fwd
-from remix_kernels.torch_gather import GatherRouted, gather_fwd
-from remix_kernels.torch_grouped import GroupedRouted, grouped_fwd
+from remix_kernels._routed import Call, Routed, Strategy, no_autocast
+from remix_kernels.torch_dense import DENSE
+from remix_kernels.torch_gather import GATHER
+from remix_kernels.torch_grouped import GROUPED
 from remix_kernels.torch_sampling import OrderedLogProb
 from remix_kernels.torch_sampling import sample_top_k as torch_sample_top_k
 
-ROUTED: dict[str, tuple[Callable[..., Any], type[torch.autograd.Function]]] = {
-    "dense": (dense_fwd, DenseRouted),
-    "grouped": (grouped_fwd, GroupedRouted),
-    "gather": (gather_fwd, GatherRouted),
-}
+TORCH: dict[str, Strategy] = {"dense": DENSE, "grouped": GROUPED, "gather": GATHER}
 
 
 def routed_lora(
@@ -42,7 +35,7 @@ def routed_lora(
     base: Tensor | None = None,
     backend: str = "auto",
     strategy: str = "auto",
-    check_index: bool = True,
+    check: bool = True,
 ) -> Tensor:
     """Sum each row's chosen low-rank adapters: y = base + sum_j w_j B_{i_j} A_{i_j} x.
 
@@ -57,9 +50,9 @@ def routed_lora(
         base: Added to the result, never written to; shaped like the result, dtype of x.
         backend: "auto", "torch" or "reference". REMIX_BACKEND replaces "auto".
         strategy: "auto" (by the cost model), "dense", "grouped" or "gather".
-        check_index: False skips looking for experts out of range or chosen twice, for an index that
-            is known to be right. (On CUDA that takes a synchronisation, so it is only looked for
-            under REMIX_STRICT=1.)
+        check: False skips looking at the tensors, for a caller that vouches for them: one that
+            draws the index itself, say. (On CUDA, looking for experts out of range or chosen twice
+            takes a synchronisation, so that is only done under REMIX_STRICT=1.)
 
     Returns:
         [..., out] (or [M, ..., out]) in the dtype of x. Differentiable in x, lora_A, lora_B, base
@@ -72,15 +65,14 @@ def routed_lora(
 
     Source: ReMix (arXiv 2603.10160) section 3.1, eq. 5, with general weights.
     """
-    shape = check_routed(x, lora_A, lora_B, top_k_index, top_k_weights, check_index)
-    if base is not None:
-        check_base(x, base, shape)
-    check_strategy(strategy)
+    if check:
+        shape = check_routed(x, lora_A, lora_B, top_k_index, top_k_weights)
+        if base is not None:
+            check_base(x, base, shape)
     if resolve_backend(backend, x) == "reference":
+        check_strategy(strategy)
         return reference.routed_lora_ref(x, lora_A, lora_B, top_k_index, top_k_weights, base=base)
-    return _run_torch(
-        x, None, None, base, lora_A, lora_B, top_k_index, top_k_weights, strategy, shape
-    )
+    return _run_torch(x, None, None, base, lora_A, lora_B, top_k_index, top_k_weights, strategy)
 
 
 def routed_linear(
@@ -94,7 +86,7 @@ def routed_linear(
     *,
     backend: str = "auto",
     strategy: str = "auto",
-    check_index: bool = True,
+    check: bool = True,
 ) -> Tensor:
     """A frozen linear and each row's adapters in one op: y = W x + b + sum_j w_j B_{i_j} A_{i_j} x.
 
@@ -112,7 +104,7 @@ def routed_linear(
         top_k_weights: As in `routed_lora`.
         backend: As in `routed_lora`.
         strategy: As in `routed_lora`.
-        check_index: As in `routed_lora`.
+        check: As in `routed_lora`.
 
     Returns:
         [..., out] (or [M, ..., out]) in the dtype of x.
@@ -123,25 +115,23 @@ def routed_linear(
 
     Source: ReMix (arXiv 2603.10160) section 3.1, eq. 5.
     """
-    shape = check_routed(x, lora_A, lora_B, top_k_index, top_k_weights, check_index)
-    check_frozen(x, weight, bias, lora_B.shape[1])
-    check_strategy(strategy)
+    if check:
+        check_routed(x, lora_A, lora_B, top_k_index, top_k_weights)
+        check_frozen(x, weight, bias, lora_B.shape[1])
     if resolve_backend(backend, x) == "reference":
+        check_strategy(strategy)
         return reference.routed_linear_ref(
             x, weight, bias, lora_A, lora_B, top_k_index, top_k_weights
         )
-    base = None
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trained and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (
+        weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         bias = None if bias is None else bias.to(x.dtype)
         with no_autocast(x.device):
-            base = torch.nn.functional.linear(x, weight.to(x.dtype), bias).expand(shape)
-        return _run_torch(
-            x, None, None, base, lora_A, lora_B, top_k_index, top_k_weights, strategy, shape
-        )
-    return _run_torch(
-        x, weight, bias, None, lora_A, lora_B, top_k_index, top_k_weights, strategy, shape
-    )
+            base = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+        base = base.expand(*top_k_index.shape[:-1], -1)
+        return _run_torch(x, None, None, base, lora_A, lora_B, top_k_index, top_k_weights, strategy)
+    return _run_torch(x, weight, bias, None, lora_A, lora_B, top_k_index, top_k_weights, strategy)
 
 
 def sample_top_k(
@@ -233,26 +223,24 @@ def _run_torch(
     top_k_index: Tensor,
     top_k_weights: Tensor | float,
     strategy: str,
-    shape: torch.Size,
 ) -> Tensor:
     """Flatten to rows and run one strategy."""
-    k = top_k_index.shape[-1]
-    index = top_k_index.reshape(-1, k)
+    k, out = top_k_index.shape[-1], lora_B.shape[1]
+    shape = (*top_k_index.shape[:-1], out)
     weights = top_k_weights
     if isinstance(weights, Tensor):
         weights = weights.reshape(-1, k)
-    name = resolve_strategy(strategy, index.shape[0], lora_A, lora_B, k)
-    rows = x.reshape(-1, x.shape[-1])
+    rows, index = x.reshape(-1, x.shape[-1]), top_k_index.reshape(-1, k)
+    chosen = TORCH[resolve_strategy(strategy, index.shape[0], lora_A, lora_B, k)]
     if base is not None:
-        base = base.reshape(-1, base.shape[-1])
+        base = base.reshape(-1, out)
     if rows.shape[0] == 0:
         # The sum of nothing, still attached to every input: gradients are zeros, not None.
         zero = lora_A.sum() * 0 + lora_B.sum() * 0 + rows.sum().to(lora_A.dtype) * 0
         if isinstance(weights, Tensor):
             zero = zero + weights.sum() * 0
         return (x.new_zeros(shape) + zero.to(x.dtype)) if base is None else base.view(shape) + zero
-    forward, function = ROUTED[name]
-    inputs = (rows, weight, bias, base, lora_A, lora_B, index, weights)
+    call = Call(rows, weight, bias, base, lora_A, lora_B, index, weights)
     with no_autocast(x.device):
-        y = function.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)[0]
+        y = Routed.apply(chosen, *call) if torch.is_grad_enabled() else chosen.forward(call)[0]
     return y.view(shape)

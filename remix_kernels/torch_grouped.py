@@ -15,12 +15,12 @@ offsets are read on the host: on CUDA that is one synchronisation a call.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from remix_kernels._frozen import frozen_dx, start_output, without_autocast
+from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, frozen_dx, start_output
 
 
 class Pairs(NamedTuple):
@@ -49,96 +49,58 @@ def each_expert(offsets: list[int]) -> list[tuple[int, slice]]:
     return [(i, slice(low, high)) for i, (low, high) in enumerate(spans) if high > low]
 
 
-def grouped_fwd(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    index: Tensor,
-    weights: Tensor | float,
-) -> tuple[Tensor, Tensor, Pairs]:
-    """x [T, in], index [M T, k] -> y [M T, out], A x of every pair [P, r], the sorted pairs."""
-    rows, n, r = x.shape[0], lora_B.shape[0], lora_B.shape[2]
-    pairs = sort_pairs(index, rows, n)
-    y = start_output(x, weight, bias, base, index.shape[0], lora_B.shape[1])
-    shrunk = x.new_empty(index.numel(), r)
-    scale = _sorted_weights(weights, pairs, x.dtype)
+def grouped_fwd(call: Call) -> tuple[Tensor, Kept]:
+    """y [M T, out]; keeps A x of every pair [P, r] and the sorted pairs."""
+    x, lora_B = call.x, call.lora_B
+    pairs = sort_pairs(call.top_k_index, x.shape[0], lora_B.shape[0])
+    y = start_output(call)
+    shrunk = x.new_empty(call.top_k_index.numel(), lora_B.shape[2])
+    scale = _sorted_weights(call.top_k_weights, pairs, x.dtype)
     for i, span in each_expert(pairs.offsets):
-        a = lora_A[i if lora_A.shape[0] > 1 else 0].to(x.dtype)
+        a = call.lora_A[0 if call.shared_a else i].to(x.dtype)
         torch.mm(x.index_select(0, pairs.x_rows[span]), a.T, out=shrunk[span])
         hidden = shrunk[span] * _at(scale, span)
         y.index_add_(0, pairs.y_rows[span], hidden @ lora_B[i].to(x.dtype).T)
-    return y, shrunk, pairs
+    return y, Kept((shrunk, pairs.order, pairs.x_rows, pairs.y_rows), pairs.offsets)
 
 
-class GroupedRouted(torch.autograd.Function):
-    """y [M T, out] from x [T, in] and index [M T, k]; added to x W^T + b, to base, or alone."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        base: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        index: Tensor,
-        weights: Tensor | float,
-    ) -> Tensor:
-        y, shrunk, pairs = grouped_fwd(x, weight, bias, base, lora_A, lora_B, index, weights)
-        tensor_weights = weights if isinstance(weights, Tensor) else None
-        ctx.offsets, ctx.scale = pairs.offsets, None if tensor_weights is not None else weights
-        ctx.save_for_backward(
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            tensor_weights,
-            shrunk,
-            pairs.order,
-            pairs.x_rows,
-            pairs.y_rows,
-        )
-        return y
-
-    @staticmethod
-    @without_autocast
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, weights, shrunk, order, x_rows, y_rows = ctx.saved_tensors
-        need_x, _, _, need_base, need_a, need_b, _, need_w = ctx.needs_input_grad
-        pairs = Pairs(order, x_rows, y_rows, ctx.offsets)
-        scale = _sorted_weights(ctx.scale if weights is None else weights, pairs, x.dtype)
-        sum_dtype = torch.promote_types(lora_A.dtype, x.dtype)
-        dlora_a = torch.zeros_like(lora_A, dtype=sum_dtype) if need_a else None
-        dlora_b = torch.zeros_like(lora_B) if need_b else None
-        dscale = x.new_empty(order.numel()) if need_w else None
-        dx = frozen_dx(dy, x, weight) if need_x else None
-        for i, span in each_expert(pairs.offsets):
-            dyi = dy.index_select(0, y_rows[span])
-            if dlora_b is not None:
-                dlora_b[i] = dyi.T @ (shrunk[span] * _at(scale, span))
-            if not (need_x or need_a or need_w):
-                continue
-            dhidden = dyi @ lora_B[i].to(x.dtype)
-            if dscale is not None:
-                dscale[span] = (dhidden * shrunk[span]).sum(1)
-            dhidden = dhidden * _at(scale, span)
-            shared_a = lora_A.shape[0] == 1
-            if dlora_a is not None:
-                dlora_a[0 if shared_a else i] += dhidden.T @ x.index_select(0, x_rows[span])
-            if dx is not None:
-                dx.index_add_(0, x_rows[span], dhidden @ lora_A[0 if shared_a else i].to(x.dtype))
-        dweights = None
+def grouped_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
+    """dy [M T, out] -> the gradients that are needed."""
+    x, lora_A, lora_B = call.x, call.lora_A, call.lora_B
+    shrunk, order, x_rows, y_rows = kept.tensors
+    assert shrunk is not None and order is not None and x_rows is not None and y_rows is not None
+    pairs = Pairs(order, x_rows, y_rows, kept.host)
+    scale = _sorted_weights(call.top_k_weights, pairs, x.dtype)
+    sum_dtype = torch.promote_types(lora_A.dtype, x.dtype)
+    dlora_a = torch.zeros_like(lora_A, dtype=sum_dtype) if need.lora_A else None
+    dlora_b = torch.zeros_like(lora_B) if need.lora_B else None
+    dscale = x.new_empty(order.numel()) if need.weights else None
+    dx = frozen_dx(call, dy) if need.x else None
+    for i, span in each_expert(pairs.offsets):
+        dyi = dy.index_select(0, y_rows[span])
+        if dlora_b is not None:
+            dlora_b[i] = dyi.T @ (shrunk[span] * _at(scale, span))
+        if not (need.x or need.lora_A or need.weights):
+            continue
+        dhidden = dyi @ lora_B[i].to(x.dtype)
         if dscale is not None:
-            dweights = torch.empty_like(dscale).index_copy_(0, order, dscale)
-            dweights = dweights.view(weights.shape).to(weights.dtype)
-        dbase = dy if need_base else None
-        dlora_a = None if dlora_a is None else dlora_a.to(lora_A.dtype)
-        return dx, None, None, dbase, dlora_a, dlora_b, None, dweights
+            dscale[span] = (dhidden * shrunk[span]).sum(1)
+        dhidden = dhidden * _at(scale, span)
+        ia = 0 if call.shared_a else i
+        if dlora_a is not None:
+            dlora_a[ia] += dhidden.T @ x.index_select(0, x_rows[span])
+        if dx is not None:
+            dx.index_add_(0, x_rows[span], dhidden @ lora_A[ia].to(x.dtype))
+    dweights = None
+    if dscale is not None:
+        assert isinstance(call.top_k_weights, Tensor)
+        dweights = torch.empty_like(dscale).index_copy_(0, order, dscale)
+        dweights = dweights.view(call.top_k_weights.shape).to(call.top_k_weights.dtype)
+    dlora_a = None if dlora_a is None else dlora_a.to(lora_A.dtype)
+    return Grads(dx, dlora_a, dlora_b, dweights)
+
+
+GROUPED = Strategy(grouped_fwd, grouped_bwd)
 
 
 def _sorted_weights(weights: Tensor | float, pairs: Pairs, dtype: torch.dtype) -> Tensor | float:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from remix_kernels._frozen import without_autocast
+from remix_kernels._routed import no_autocast
 from remix_kernels.torch_sampling import log_prob_grad, step_logsumexp
 
 if TYPE_CHECKING:
@@ -51,23 +51,23 @@ class DeliverRouterGradient(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    @without_autocast
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, router, logits, index = ctx.saved_tensors
         advantages = None if ctx.state is None else ctx.state.row_advantages(x.shape[:-1])
         if advantages is None:
             return dy, None, torch.zeros_like(router), None, None, None, None
-        rows = logits.view(-1, logits.shape[-1])
-        chosen = index.view(-1, index.shape[-1]).long()
-        _, step_lse = step_logsumexp(rows, chosen)
-        dlogits = log_prob_grad(rows, chosen, step_lse).mul_(advantages.unsqueeze(1))
-        if ctx.temperature != 1.0:
-            dlogits.div_(ctx.temperature)
-        drouter = (dlogits.T @ x.reshape(-1, x.shape[-1]).float()).to(router.dtype)
         dx = None
-        if ctx.needs_input_grad[1]:
-            dx = (dlogits @ router.float()).view(x.shape).to(x.dtype)
+        with no_autocast(dy.device):  # autocast may be on around loss.backward()
+            rows = logits.view(-1, logits.shape[-1])
+            chosen = index.view(-1, index.shape[-1]).long()
+            _, step_lse = step_logsumexp(rows, chosen)
+            dlogits = log_prob_grad(rows, chosen, step_lse).mul_(advantages.unsqueeze(1))
+            if ctx.temperature != 1.0:
+                dlogits.div_(ctx.temperature)
+            drouter = (dlogits.T @ x.reshape(-1, x.shape[-1]).float()).to(router.dtype)
+            if ctx.needs_input_grad[1]:
+                dx = (dlogits @ router.float()).view(x.shape).to(x.dtype)
         return dy, dx, drouter, None, None, None, None
 
 

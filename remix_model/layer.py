@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,56 @@ def init_pool(
         bound = 1.0 / math.sqrt(lora_B.shape[-1])
         nn.init.uniform_(lora_B, -bound, bound)
     nn.init.normal_(router, std=router_init_range)
+
+
+class Pool(NamedTuple):
+    """One pool of LoRAs with its router and site: what a routed layer runs."""
+
+    site: RoutingSite
+    lora_A: Tensor  # [n, r, in]
+    lora_B: Tensor  # [n, out, r]
+    router: Tensor  # [n, in]
+    scaling: float
+    detach_router_input: bool
+    backend: str
+    strategy: str
+
+    def linear(self, x: Tensor, base: nn.Linear, training: bool) -> Tensor:
+        """base(x) plus the chosen adapters, in one op. x [..., in] -> [..., out]."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        routed_x = x.detach() if self.detach_router_input else x
+        selection = self.site.select(routed_x, self.router, training)
+        y = routed_linear(
+            x,
+            base.weight,
+            base.bias,
+            self.lora_A,
+            self.lora_B,
+            selection.index,
+            self.scaling,
+            backend=self.backend,
+            strategy=self.strategy,
+            check=False,
+        )
+        return self.site.deliver(y, routed_x, self.router, selection, training)
+
+    def add(self, x: Tensor, base: Tensor, dropout: nn.Module, training: bool) -> Tensor:
+        """The chosen adapters of x [..., in], after dropout, added to base [..., out]."""
+        routed_x = x.detach() if self.detach_router_input else x
+        selection = self.site.select(routed_x, self.router, training)
+        y = routed_lora(
+            dropout(x).to(base.dtype),
+            self.lora_A,
+            self.lora_B,
+            selection.index,
+            self.scaling,
+            base=base,
+            backend=self.backend,
+            strategy=self.strategy,
+            check=False,
+        )
+        return self.site.deliver(y, routed_x, self.router, selection, training)
 
 
 class RoutedLoRALinear(nn.Module, RoutedModule):
@@ -131,39 +181,16 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        routed_x = x.detach() if self.router_detach_input else x
-        selection = self.site.select(routed_x, self.router, self.training)
+        pool = Pool(
+            self.site,
+            self.lora_A,
+            self.lora_B,
+            self.router,
+            self.scaling,
+            self.router_detach_input,
+            self.backend,
+            self.strategy,
+        )
         if self.training and self.dropout.p > 0.0:
-            base = self.base_layer(x)
-            y = routed_lora(
-                self.dropout(x).to(base.dtype),
-                self.lora_A,
-                self.lora_B,
-                selection.index,
-                self.scaling,
-                base=base,
-                backend=self.backend,
-                strategy=self.strategy,
-                check_index=False,
-            )
-        else:
-            y = routed_linear(
-                x,
-                self.base_layer.weight,
-                self.base_layer.bias,
-                self.lora_A,
-                self.lora_B,
-                selection.index,
-                self.scaling,
-                backend=self.backend,
-                strategy=self.strategy,
-                check_index=False,
-            )
-        return self.site.deliver(y, routed_x, self.router, selection, self.training)
-
-    def extra_repr(self) -> str:
-        """The pool in one line."""
-        pool = f"num_experts={self.num_experts}, top_k={self.top_k}, r={self.r}"
-        return f"{pool}, scaling={self.scaling:.4g}"
+            return pool.add(x, self.base_layer(x), self.dropout, True)
+        return pool.linear(x, self.base_layer, self.training)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from remix_kernels import sample_top_k
-from remix_kernels._frozen import no_autocast
+from remix_kernels._routed import no_autocast
 from remix_model.delivery import DeliverRouterGradient, in_backward
 
 if TYPE_CHECKING:

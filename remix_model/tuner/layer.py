@@ -14,8 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from remix_kernels import routed_linear, routed_lora
-from remix_model.layer import empty_b, init_pool, routing_scaling
+from remix_model.layer import Pool, empty_b, init_pool, routing_scaling
 from remix_model.site import RoutedModule, RoutingSite
 from remix_model.tuner.config import ReMixConfig, ReMixRuntimeConfig
 
@@ -106,68 +105,37 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         """x [..., in] -> [..., out]."""
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError(MIXED_BATCH)
-        names = (
-            [] if self.disable_adapters else [n for n in self.active_adapters if n in self.sites]
-        )
-        if not names:
-            return self.base_layer(x, *args, **kwargs)
-        if len(names) == 1 and not args and not kwargs and self._can_fuse(names[0]):
-            return self._forward_fused(x, names[0])
-        y = self.base_layer(x, *args, **kwargs)
+        names = [] if self._disable_adapters else self.active_adapters
+        names = [name for name in names if name in self.sites]
+        base: Any = self.base_layer
+        if len(names) == 1 and not args and not kwargs and self._can_fuse(base, names[0]):
+            return self._pool(names[0]).linear(x, base, self.training)
+        y = base(x, *args, **kwargs)
         for name in names:
-            y = self._add_adapter(x, y, name)
+            y = self._pool(name).add(x, y, self.remix_dropout[name], self.training)
         return y
 
-    def _can_fuse(self, name: str) -> bool:
+    def _can_fuse(self, base: Any, name: str) -> bool:
         """Whether one op may serve: a plain floating-point linear, no dropout, no hooks."""
-        base: Any = self.base_layer
-        dropout: Any = self.remix_dropout[name]
         return (
             type(base) is nn.Linear
             and base.weight.is_floating_point()
             and not base._forward_hooks
             and not base._forward_pre_hooks
-            and not (self.training and dropout.p > 0.0)
+            and not (self.training and self.remix_dropout[name].p > 0.0)  # type: ignore[operator]
         )
 
-    def _forward_fused(self, x: Tensor, name: str) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        base: Any = self.base_layer
-        routed_x, router = self._router_input(x, name), self.remix_router[name]
-        selection = self.sites[name].select(routed_x, router, self.training)
-        y = routed_linear(
-            x,
-            base.weight,
-            base.bias,
+    def _pool(self, name: str) -> Pool:
+        return Pool(
+            self.sites[name],
             self.remix_lora_A[name],
             self.remix_lora_B[name],
-            selection.index,
+            self.remix_router[name],
             self.scaling[name],
-            backend=self.runtime.backend,
-            strategy=self.runtime.strategy,
-            check_index=False,
+            self.detach_router_input[name],
+            self.runtime.backend,
+            self.runtime.strategy,
         )
-        return self.sites[name].deliver(y, routed_x, router, selection, self.training)
-
-    def _add_adapter(self, x: Tensor, base: Tensor, name: str) -> Tensor:
-        routed_x, router = self._router_input(x, name), self.remix_router[name]
-        selection = self.sites[name].select(routed_x, router, self.training)
-        y = routed_lora(
-            self.remix_dropout[name](x).to(base.dtype),
-            self.remix_lora_A[name],
-            self.remix_lora_B[name],
-            selection.index,
-            self.scaling[name],
-            base=base,
-            backend=self.runtime.backend,
-            strategy=self.runtime.strategy,
-            check_index=False,
-        )
-        return self.sites[name].deliver(y, routed_x, router, selection, self.training)
-
-    def _router_input(self, x: Tensor, name: str) -> Tensor:
-        return x.detach() if self.detach_router_input[name] else x
 
     def __repr__(self) -> str:
         """As PEFT's layers print."""
