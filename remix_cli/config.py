@@ -8,6 +8,7 @@ over the file, the file over the defaults. The names are those of `ReMixConfig` 
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -23,8 +24,15 @@ def _option(
     help: str,
     choices: tuple[str, ...] | None = None,
     minimum: float | None = None,
+    maximum: float | None = None,
 ) -> Any:
-    metadata = {"group": group, "help": help, "choices": choices, "minimum": minimum}
+    metadata = {
+        "group": group,
+        "help": help,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -94,18 +102,20 @@ class RunConfig:
     )
     exclude_modules: Sequence[str] | str | None = _option(None, "method", "names to leave out")
     layers_to_transform: Sequence[int] | None = _option(None, "method", "only these layers")
-    router_type: str = _option("remix", "method", "how experts are chosen")
+    router_type: str = _option("remix", "method", "how experts are chosen", ("remix",))
     router_init_range: float = _option(0.02, "method", "standard deviation of the router's start")
     router_temperature: float = _option(1.0, "method", "divides the router's logits")
-    backend: str = _option("auto", "method", "of the routed ops: auto, torch, triton, reference")
+    backend: str = _option("auto", "method", "of the routed ops", ("auto", "torch", "reference"))
 
     # How it learns.
     num_selections: int = _option(4, "training", "sampled selections per input (M), at least 2")
     credit: str = _option(
-        "sequence", "training", "losses a selection answers for: sequence, causal"
+        "sequence", "training", "losses a selection answers for: its sequence's", ("sequence",)
     )
-    log_prob: str = _option("ordered", "training", "of a selection: ordered, unordered")
-    logprob_tokens: str = _option("all", "training", "positions that are sampled: all, response")
+    log_prob: str = _option("ordered", "training", "of a selection", ("ordered",))
+    logprob_tokens: str = _option(
+        "all", "training", "positions that are sampled", ("all", "response")
+    )
     learning_rate: float = _option(5e-4, "training", "of the LoRAs, at its peak", minimum=0)
     router_learning_rate: float | None = _option(
         None, "training", "of the routers; default: learning_rate", minimum=0
@@ -119,7 +129,20 @@ class RunConfig:
     gradient_accumulation_steps: int = _option(
         1, "training", "passes in one optimizer step", minimum=1
     )
-    lr_scheduler_type: str = _option("cosine", "training", "as in transformers")
+    lr_scheduler_type: str = _option(
+        "cosine",
+        "training",
+        "as in transformers",
+        (
+            "cosine",
+            "linear",
+            "constant",
+            "constant_with_warmup",
+            "cosine_with_restarts",
+            "polynomial",
+            "inverse_sqrt",
+        ),
+    )
     warmup_ratio: float = _option(0.1, "training", "share of the steps that warm up", minimum=0)
     weight_decay: float = _option(0.0, "training", "as in AdamW", minimum=0)
     max_grad_norm: float = _option(1.0, "training", "clips the LoRAs' gradient", minimum=0)
@@ -129,7 +152,13 @@ class RunConfig:
     gradient_checkpointing: bool = _option(False, "training", "recompute to save memory")
     bf16: bool = _option(False, "training", "mixed precision")
     group_by_length: bool = _option(False, "training", "batch examples of similar length")
-    seed: int = _option(0, "training", "of initialisation, data order and sampled selections")
+    seed: int = _option(
+        0,
+        "training",
+        "of initialisation, data order and sampled selections",
+        minimum=0,
+        maximum=2**32 - 1,
+    )
 
     # What is written.
     output_dir: str = _option("runs/remix", "output", "folder for the adapter and all else")
@@ -151,6 +180,7 @@ class RunConfig:
 
 _FIELDS: dict[str, Field[Any]] = {item.name: item for item in fields(RunConfig)}
 _TYPES: dict[str, Any] = get_type_hints(RunConfig)
+_PATHS = ("model", "dataset", "eval_dataset", "output_dir")
 
 
 def option_fields(*groups: str) -> list[Field[Any]]:
@@ -202,14 +232,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no configuration file {path}: check the path")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        values = None if node is None else yaml.SafeLoader("").construct_document(node)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
+        raise ValueError(f"{path} is not YAML: {reason}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
+    names = [key.value for key, _ in node.value]  # type: ignore[union-attr]
     for key in values:
+        if names.count(str(key)) > 1:
+            raise ValueError(f"{path} sets {key!r} more than once: keep one of the lines")
         if key not in _FIELDS:
             hint = closest(str(key).replace("-", "_"), _FIELDS)
             raise ValueError(f"{path}: unknown key {key!r}{hint}")
@@ -219,12 +254,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from None
 
 
+def absolute_path(key: str, value: Any) -> Any:
+    """Return a path among the values as an absolute one: a run is used from other folders too."""
+    if key not in _PATHS or not isinstance(value, str):
+        return value
+    path = Path(value).expanduser()
+    return str(path.absolute()) if path.exists() else value
+
+
 def write_yaml(config: RunConfig, path: Path) -> None:
     """Write a configuration as `read_yaml` reads it, without what only this start meant."""
     import yaml
 
     values = {
-        key: value for key, value in asdict(config).items() if key not in ("overwrite", "resume")
+        key: absolute_path(key, value)
+        for key, value in asdict(config).items()
+        if key not in ("overwrite", "resume")
     }
 
     class Dumper(yaml.SafeDumper):
@@ -266,8 +311,13 @@ def check_value(key: str, value: Any) -> Any:
             f"{value!r}{closest(str(value), choices)}"
         )
     minimum = _FIELDS[key].metadata["minimum"]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} must be a finite number, got {value!r}")
     if minimum is not None and value < minimum:
         raise ValueError(f"{key} must be at least {minimum}, got {value!r}")
+    maximum = _FIELDS[key].metadata["maximum"]
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{key} must be at most {maximum}, got {value!r}")
     return value
 
 

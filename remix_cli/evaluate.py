@@ -31,8 +31,16 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     quiet_libraries()
     folder = adapter_folder(args.adapter)
     config = adapter_config(folder, overrides)
-    if args.json is not None and not Path(args.json).expanduser().parent.is_dir():
-        raise ValueError(f"there is no folder for --json {args.json}: create it first")
+    if args.json is not None:
+        target = Path(args.json).expanduser()
+        if not target.parent.is_dir():
+            raise ValueError(f"there is no folder for --json {args.json}: create it first")
+        if target.is_dir():
+            raise ValueError(f"--json {args.json} is a folder: give a file in it")
+    if not args.tasks and (args.num_fewshot is not None or args.task_limit is not None):
+        raise ValueError("--num-fewshot and --task-limit belong to --tasks: name the tasks")
+    if "dataset" in overrides and "eval_dataset" not in overrides:
+        config.eval_dataset = None  # the one it was trained with
     if args.tasks:
         results = _evaluate_tasks(args, folder, config)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,10 +21,10 @@ from remix_model.tokens import prompt_ids
 def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Run the command; see `remix generate --help`."""
     quiet_libraries()
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise ValueError(
-            f"temperature must be at least 0 and top_p in (0, 1], got {args.temperature} and "
-            f"{args.top_p}"
+            f"temperature must be a number of at least 0 and top_p in (0, 1], got "
+            f"{args.temperature} and {args.top_p}"
         )
     folder = adapter_folder(args.adapter)
     config = adapter_config(folder, overrides)
@@ -60,7 +61,10 @@ def _example(prompt: str, chat: bool) -> Example:
 
 def _read_prompt(path: str) -> str:
     if path != "-":
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        try:
+            return Path(path).expanduser().read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from None
     if sys.stdin.isatty():
         print("type the prompt and end it with Ctrl-D:", file=sys.stderr)
     return sys.stdin.read()

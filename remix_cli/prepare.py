@@ -8,7 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,65 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from remix_cli.config import RunConfig, build_config, option_fields, read_yaml
-from remix_cli.run_folder import CONFIG_FILE, is_run
+from remix_cli.run_folder import CONFIG_FILE, check_output_dir, is_run
 from remix_model.data import Example, load_examples, split_examples
-from remix_model.models import load_model, load_tokenizer, resolve_device
+from remix_model.models import load_config, load_model, load_tokenizer, resolve_device
 from remix_model.tokens import tokenize
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from remix_model import ReMixConfig, ReMixTrainingArguments
+
+
+@dataclass
+class Plan:
+    """A run that was checked as far as it can be without its weights."""
+
+    adapter: ReMixConfig
+    arguments: ReMixTrainingArguments
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    train_rows: list[dict[str, list[int]]]
+    held_out: list[Example]
+    held_out_rows: list[dict[str, list[int]]]  # shortest first: less padding, the same mean
+    num_examples: int  # before any were dropped as too long
+
+
+def prepare(config: RunConfig, *, check_folder: bool = True) -> Plan:
+    """Check all that can be wrong with a run before its weights are read or a file is written.
+
+    Args:
+        config: The run's.
+        check_folder: Also look whether output_dir may be written; once is enough for all ranks.
+
+    Raises:
+        ValueError: Something does not fit: with the option or the line of the data.
+        OSError: A file cannot be read.
+    """
+    if check_folder:
+        folder = Path(config.output_dir).expanduser()
+        check_output_dir(folder, overwrite=config.overwrite, resume=config.resume)
+    adapter, arguments = method_config(config), training_arguments(config)
+    examples, held_out = read_data(config)
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    train_rows = encode(examples, config, tokenizer, model_config)
+    held_out_rows = encode(held_out, config, tokenizer, model_config)
+    if config.eval_steps is not None and not held_out_rows:
+        raise ValueError("eval_steps needs held-out data: give eval_dataset or eval_size")
+    skeleton(config, model_config, adapter, torch.float32)
+    held_out_rows.sort(key=lambda row: len(row["input_ids"]))
+    return Plan(
+        adapter,
+        arguments,
+        model_config,
+        tokenizer,
+        train_rows,
+        held_out,
+        held_out_rows,
+        len(examples),
+    )
 
 
 def read_data(config: RunConfig) -> tuple[list[Example], list[Example]]:
@@ -62,7 +112,7 @@ def encode(
     """Tokenise examples, as the configuration says, for a model; none at all is fine."""
     if not examples:
         return []
-    return tokenize(
+    rows = tokenize(
         examples,
         tokenizer,
         max_length=config.max_length,
@@ -70,6 +120,14 @@ def encode(
         long_examples=config.long_examples,
         train_on=config.train_on,
     )
+    largest = max(max(row["input_ids"]) for row in rows)
+    vocabulary = getattr(model_config, "vocab_size", None)
+    if vocabulary is not None and largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer makes token {largest} and the model {config.model!r} knows "
+            f"{vocabulary} tokens: they do not belong together"
+        )
+    return rows
 
 
 def method_config(config: RunConfig) -> ReMixConfig:
@@ -94,6 +152,12 @@ def training_arguments(config: RunConfig) -> ReMixTrainingArguments:
             f"num_selections={config.num_selections}: training the routers compares at least 2 "
             f"sampled selections of each example"
         )
+    if config.max_steps != -1 and config.max_steps < 1:
+        raise ValueError(
+            f"max_steps={config.max_steps}: give at least 1, or -1 to train num_train_epochs"
+        )
+    if config.max_steps == -1 and config.num_train_epochs <= 0:
+        raise ValueError(f"num_train_epochs={config.num_train_epochs} would train nothing")
     if config.warmup_ratio >= 1:
         raise ValueError(f"warmup_ratio must be a share below 1, got {config.warmup_ratio}")
     on_cpu = resolve_device(config.device).type == "cpu"
@@ -154,7 +218,10 @@ def skeleton(
 
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype, trust_remote_code=config.trust_remote_code
+            model_config,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
         )
         return get_peft_model(base, copy.deepcopy(adapter))
 
@@ -178,7 +245,25 @@ def adapter_folder(path: str) -> Path:
             f"{folder} holds no adapter_model.safetensors: adapter weights are read from "
             f"safetensors only"
         )
+    saved = _saved_config(folder)
+    if saved.get("peft_type") != "REMIX":
+        raise ValueError(
+            f"{folder / 'adapter_config.json'} describes an adapter of type "
+            f"{saved.get('peft_type')!r}: this command needs a ReMix adapter"
+        )
     return folder
+
+
+def _saved_config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json."""
+    path = folder / "adapter_config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} must hold an object, got {type(saved).__name__}")
+    return saved
 
 
 def adapter_config(folder: Path, overrides: Mapping[str, Any]) -> RunConfig:
@@ -192,10 +277,10 @@ def adapter_config(folder: Path, overrides: Mapping[str, Any]) -> RunConfig:
             base = read_yaml(place / CONFIG_FILE)
             break
     if not base and "model" not in overrides:
-        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if not saved.get("base_model_name_or_path"):
+        name = _saved_config(folder).get("base_model_name_or_path")
+        if not name:
             raise ValueError(f"{folder} does not say what its base model is: give --model")
-        base = {"model": saved["base_model_name_or_path"]}
+        base = {"model": name}
     return build_config(overrides, base=base)
 
 

@@ -10,11 +10,22 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from remix_cli.config import CONFIG_HEADER, RunConfig, build_config, option_fields, read_yaml
+from safetensors import SafetensorError, safe_open
+
+from remix_cli.config import (
+    CONFIG_HEADER,
+    RunConfig,
+    absolute_path,
+    build_config,
+    option_fields,
+    read_yaml,
+    write_yaml,
+)
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
@@ -34,6 +45,15 @@ _RUN_FILES = (
     "vocab.json",
     "merges.txt",
     CONFIG_FILE,  # last: until it is gone the folder is still known as a run's
+)
+_REPLACED = ".replaced-run"
+# What training must find in a checkpoint to go on as if it had never stopped.
+_CHECKPOINT_FILES = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "trainer_state.json",  # the last file that is written
 )
 # A resumed run may be longer and be logged otherwise; all else would make it another run.
 _RESUME_MAY_CHANGE = {
@@ -72,6 +92,14 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> None:
         )
     if not folder.exists() or not any(folder.iterdir()):
         return
+    whole = {path for _, path in checkpoints(folder)}
+    for path in folder.glob("checkpoint-*"):
+        # Checkpoints that are no longer kept are removed by their names.
+        if path.is_dir() and path not in whole and not (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{path} is named like a checkpoint and is none: move it away, or choose another "
+                f"output_dir"
+            )
     if not is_run(folder):
         raise ValueError(
             f"output_dir {folder} holds files that no run wrote: choose a new or empty folder"
@@ -92,12 +120,52 @@ def is_run(folder: Path) -> bool:
         return False
 
 
-def remove_run(folder: Path) -> None:
-    """Remove the files that a run wrote; whatever else is in the folder stays."""
-    for _, checkpoint in checkpoints(folder):
-        shutil.rmtree(checkpoint)
-    for name in _RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
+class RunStart:
+    """A run's first minutes: until `commit`, `undo` leaves the folder as it was found.
+
+    The run that is to be replaced waits in a hidden folder inside. Should the process die before
+    either call, the next start finds it there.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        """Put the run that is in `folder` aside and write the new one's configuration."""
+        self._folder = folder
+        self._is_new = not folder.exists()
+        self._old = folder / _REPLACED
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_run(folder) and not self._old.exists():
+            self._old.mkdir()
+            for path in _run_paths(folder):
+                path.rename(self._old / path.name)
+        else:
+            _remove(folder)
+        write_yaml(config, folder / CONFIG_FILE)
+
+    def commit(self) -> None:
+        """The new run has done its first step: the old one goes."""
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def undo(self) -> None:
+        """The new run failed to start: the old one, or nothing, comes back."""
+        _remove(self._folder)
+        if self._old.exists():
+            for path in self._old.iterdir():
+                path.rename(self._folder / path.name)
+            self._old.rmdir()
+        elif self._is_new and not any(self._folder.iterdir()):
+            self._folder.rmdir()
+
+
+def _run_paths(folder: Path) -> list[Path]:
+    """Return what a run wrote into its folder, the configuration last."""
+    paths = [checkpoint for _, checkpoint in checkpoints(folder)]
+    return paths + [folder / name for name in _RUN_FILES if (folder / name).is_file()]
+
+
+def _remove(folder: Path) -> None:
+    """Remove what a run wrote; whatever else is in the folder stays."""
+    for path in _run_paths(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -105,7 +173,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     found = []
     for path in folder.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / "trainer_state.json").is_file():  # the last file that is written
+        if match and (path / "trainer_state.json").is_file():
             found.append((int(match[1]), path))
     return sorted(found)
 
@@ -116,11 +184,51 @@ def last_checkpoint(folder: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
+def checkpoint_to_resume(folder: Path) -> tuple[Path, list[str]]:
+    """Return the latest checkpoint that can be read, and what is wrong with later ones.
+
+    Raises:
+        ValueError: There is none.
+    """
+    damages: list[str] = []
+    for _, path in reversed(checkpoints(folder)):
+        damage = _damage(path)
+        if damage is None:
+            return path, damages
+        damages.append(damage)
+    raise ValueError(
+        f"no checkpoint of the run in {folder} can be read ({'; '.join(damages)}): start it again "
+        f"with --overwrite"
+    )
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Return what keeps a checkpoint from being read, None for a sound one."""
+    for name in _CHECKPOINT_FILES:
+        if not (checkpoint / name).is_file():
+            return f"{checkpoint / name} is missing"
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth"):
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip() is not None:
+                        return f"{path} is damaged"
+        except (ValueError, OSError, SafetensorError, zipfile.BadZipFile):
+            return f"{path} is damaged"
+    return None
+
+
 def write_json(values: Any, path: Path) -> None:
     """Write JSON under a temporary name and rename it, so that readers see all of it or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(values, indent=2, allow_nan=False)  # NaN is not JSON
+        temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -140,7 +248,8 @@ def resolve_config(file: str | None, overrides: Mapping[str, Any]) -> RunConfig:
     changed = [
         name
         for name in given
-        if name not in _RESUME_MAY_CHANGE and given[name] != saved.get(name, given[name])
+        if name not in _RESUME_MAY_CHANGE
+        and absolute_path(name, given[name]) != saved.get(name, given[name])
     ]
     if changed:
         name = changed[0]

@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import get_peft_model
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from remix_cli.answers import answer
-from remix_cli.config import RunConfig, write_yaml
+from remix_cli.config import RunConfig
 from remix_cli.display import console, print_facts, print_losses, print_routing, print_sample
 from remix_cli.env import peak_memory_mib, versions
-from remix_cli.prepare import (
-    encode,
-    load_base,
-    method_config,
-    quiet_libraries,
-    read_data,
-    skeleton,
-    training_arguments,
-)
+from remix_cli.prepare import Plan, load_base, prepare, quiet_libraries
 from remix_cli.progress import ProgressCallback
 from remix_cli.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
-    check_output_dir,
+    RunStart,
+    checkpoint_to_resume,
     last_checkpoint,
-    remove_run,
     resolve_config,
     write_json,
 )
 from remix_model import ReMixTrainer, record_routing
 from remix_model.data import Example
-from remix_model.models import load_config, load_tokenizer
 from remix_model.tokens import DataCollator, prompt_ids
 
 
@@ -50,41 +41,62 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     console.quiet = not is_main
 
     # Everything that can be wrong, before the weights are read or a file is written.
-    if is_main:
-        check_output_dir(folder, overwrite=config.overwrite, resume=config.resume)
-    adapter_config = method_config(config)
-    train_args = training_arguments(config)
-    examples, held_out_examples = read_data(config)
-    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    train_rows = encode(examples, config, tokenizer, model_config)
-    held_out_rows = encode(held_out_examples, config, tokenizer, model_config)
-    if config.eval_steps is not None and not held_out_rows:
-        raise ValueError("eval_steps needs held-out data: give eval_dataset or eval_size")
-    skeleton(config, model_config, adapter_config, torch.float32)
-    held_out_rows.sort(key=lambda row: len(row["input_ids"]))  # less padding, the same mean
+    plan = prepare(config, check_folder=is_main)
+    checkpoint = None
+    if config.resume:
+        checkpoint, damages = checkpoint_to_resume(folder)
+        for damage in damages:
+            console.print(f"{damage}: continuing from an older checkpoint")
 
     with console.status(f"loading {config.model}"):
         set_seed(config.seed)
-        model = get_peft_model(load_base(config), adapter_config)
+        model = get_peft_model(load_base(config), plan.adapter)
     progress = ProgressCallback()
     trainer = ReMixTrainer(
         model=model,
-        args=train_args,
-        train_dataset=train_rows,
-        eval_dataset=held_out_rows or None,
-        data_collator=DataCollator.for_tokenizer(tokenizer),
-        processing_class=tokenizer,
+        args=plan.arguments,
+        train_dataset=plan.train_rows,
+        eval_dataset=plan.held_out_rows or None,
+        data_collator=DataCollator.for_tokenizer(plan.tokenizer),
+        processing_class=plan.tokenizer,
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(folder) if config.resume else None
-    if is_main:
-        if config.overwrite:
-            remove_run(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(config, folder / CONFIG_FILE)
+    start = None
+    if is_main and not config.resume:
+        start = RunStart(folder, config)
+        trainer.add_callback(_FirstStep(start))
+    try:
+        _run(config, plan, trainer, progress, folder, checkpoint, is_main)
+    except BaseException:
+        if start is not None and trainer.state.global_step == 0:
+            start.undo()
+        raise
 
+
+class _FirstStep(TrainerCallback):
+    """Lets go of the run that is replaced once this one has made a step."""
+
+    def __init__(self, start: RunStart) -> None:
+        self._start = start
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self._start.commit()
+
+
+def _run(
+    config: RunConfig,
+    plan: Plan,
+    trainer: ReMixTrainer,
+    progress: ProgressCallback,
+    folder: Path,
+    checkpoint: Path | None,
+    is_main: bool,
+) -> None:
+    """Evaluate, train, evaluate again, and write what came out."""
+    model: Any = trainer.model
+    train_rows, held_out_rows = plan.train_rows, plan.held_out_rows
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {
         "total_parameters": sum(p.numel() for p in model.parameters()),
@@ -101,7 +113,6 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     if progress.steps == 0 and (folder / METRICS_FILE).is_file():
         console.print(f"the run in {folder} was finished already: raise max_steps to go on")
         return
-    trainer.save_model(str(folder))
     with record_routing(model) as recorder:
         loss_after = _held_out_loss(trainer, "after training")
     routing = recorder.stats() if held_out_rows else None
@@ -122,7 +133,7 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
         "routing": routing.to_dict() if routing else None,
         "config": asdict(config),
         "versions": versions(),
-        "device": str(train_args.device),
+        "device": str(plan.arguments.device),
     }
     if not is_main:
         return
@@ -130,7 +141,7 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
     if routing is not None and loss_before is not None and loss_after is not None:
         print_routing("Routing on the held-out data", routing, config.top_k)
-        _print_samples(model, tokenizer, held_out_examples, config)
+        _print_samples(model, plan.tokenizer, plan.held_out, config)
         losses = [("before (base model)", loss_before), ("after", loss_after)]
         print_losses(f"Held-out loss ({len(held_out_rows)} examples)", losses)
     keys = ("train_steps", "train_seconds", "tokens_per_s", "peak_rss_mib", "peak_cuda_mib")
@@ -147,11 +158,14 @@ def _train(
         console.print(f"continuing from {checkpoint}")
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if progress.steps > 0:
+            trainer.save_model(str(folder))  # which looks whether the weights are numbers
     except (FloatingPointError, KeyboardInterrupt) as error:
         left = last_checkpoint(folder)
         kept = f"the last good checkpoint is {left}" if left else "no checkpoint was saved yet"
         if isinstance(error, KeyboardInterrupt):
-            console.print(f"stopped at step {trainer.state.global_step}; {kept}")
+            go_on = "; --resume continues from it" if left else ""
+            console.print(f"stopped at step {trainer.state.global_step}; {kept}{go_on}")
             raise
         raise FloatingPointError(f"training stopped: {error}; {kept}") from error
     finally:
@@ -164,17 +178,21 @@ def _held_out_loss(trainer: ReMixTrainer, when: str) -> float | None:
         return None
     if not console.is_terminal:
         console.print(f"evaluating {len(trainer.eval_dataset)} held-out examples {when}")
-    return float(trainer.evaluate()["eval_loss"])
+    loss = float(trainer.evaluate()["eval_loss"])
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the held-out loss {when} is {loss}: look at the data")
+    return loss
 
 
 def _print_samples(model: Any, tokenizer: Any, examples: list[Example], config: RunConfig) -> None:
     """Answer the first held-out prompts with the base model and with the adapter."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    shown = 0
+    shown, fitting = 0, 0
     for example in examples:
         ids = prompt_ids(example, tokenizer)
         if not ids or (limit is not None and len(ids) + config.max_new_tokens > limit):
             continue
+        fitting += 1
         if shown == config.num_samples:
             break
         shown += 1
@@ -183,6 +201,11 @@ def _print_samples(model: Any, tokenizer: Any, examples: list[Example], config: 
             with model.disable_adapter():
                 base = answer(model, tokenizer, ids, max_new_tokens=config.max_new_tokens)
         print_sample(tokenizer.decode(ids), [("base model", base), ("with the adapter", tuned)])
+    if examples and config.num_samples and not fitting:
+        console.print(
+            f"no sample: no held-out prompt leaves room for max_new_tokens={config.max_new_tokens} "
+            f"in the model's {limit} positions"
+        )
 
 
 def _labels(values: dict[str, Any]) -> list[tuple[str, Any]]:

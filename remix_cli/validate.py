@@ -7,23 +7,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from remix_cli.display import console, print_facts
 from remix_cli.memory import estimate_memory
-from remix_cli.prepare import (
-    encode,
-    method_config,
-    quiet_libraries,
-    read_data,
-    skeleton,
-    training_arguments,
-)
-from remix_cli.run_folder import check_output_dir, resolve_config
-from remix_model.models import load_config, load_tokenizer
+from remix_cli.prepare import prepare, quiet_libraries, skeleton
+from remix_cli.run_folder import resolve_config
 from remix_model.site import find_sites
 
 
@@ -31,16 +22,10 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Run the command; see `remix validate --help`."""
     quiet_libraries()
     config = resolve_config(args.config, overrides)
-    folder = Path(config.output_dir).expanduser()
-    check_output_dir(folder, overwrite=config.overwrite, resume=config.resume)
-    adapter_config = method_config(config)
-    train_args = training_arguments(config)
-    examples, held_out_examples = read_data(config)
-    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    rows = encode(examples, config, tokenizer, model_config)
-    held_out = encode(held_out_examples, config, tokenizer, model_config)
-    print_facts(f"Data: {config.dataset}", _data_facts(rows, held_out, len(examples)))
+    plan = prepare(config)
+    train_args, model_config, rows = plan.arguments, plan.model_config, plan.train_rows
+    facts = _data_facts(rows, plan.held_out_rows, plan.num_examples)
+    print_facts(f"Data: {config.dataset}", facts)
 
     device = str(train_args.device)
     dtype: torch.dtype = torch.float32
@@ -48,7 +33,7 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
         dtype = getattr(torch, config.dtype)
     elif device != "cpu":
         dtype = getattr(torch, str(model_config.dtype).removeprefix("torch."), dtype)
-    model = skeleton(config, model_config, adapter_config, dtype)
+    model = skeleton(config, model_config, plan.adapter, dtype)
     sites = find_sites(model)
     steps = train_args.max_steps
     if steps <= 0:

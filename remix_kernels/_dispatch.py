@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import os
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton", "reference")
@@ -67,6 +68,11 @@ def resolve_strategy(strategy: str, rows: int, lora_A: Tensor, lora_B: Tensor, t
         check_strategy(strategy)
         return strategy
     n, out, r = lora_B.shape
+    if torch.compiler.is_compiling():
+        return "dense"  # the only one without shapes that depend on the data
+    if lora_B.device.type not in ("cpu", "meta"):
+        # The roofline's crossover, forward and backward: see docs/design.md.
+        return "dense" if n * r <= 400 * top_k else "grouped"
     return _cheapest(rows, lora_A.shape[2], out, n, top_k, r, lora_B.element_size())
 
 

@@ -50,7 +50,10 @@ def routed_lora_ref(
                 b = lora_B[expert].to(x.dtype)
                 y = y + weights[m, t, j].to(x.dtype) * (b @ (a @ rows[t]))
             result.append(y)
-    y = torch.stack(result).reshape(out_shape) if result else x.new_zeros(out_shape)
+    if not result:  # the sum of nothing, still attached to every input
+        nothing = rows.sum() + lora_A.to(x.dtype).sum() + lora_B.to(x.dtype).sum()
+        result = [(nothing + weights.to(x.dtype).sum()) * x.new_zeros(0)]
+    y = torch.stack(result).reshape(out_shape)
     return y if base is None else base + y
 
 
@@ -64,7 +67,10 @@ def routed_linear_ref(
     top_k_weights: Tensor | float,
 ) -> Tensor:
     """`remix_kernels.routed_linear` as the frozen linear plus `routed_lora_ref`."""
-    base = torch.nn.functional.linear(x, weight, bias)
+    bias = None if bias is None else bias.to(x.dtype)
+    base = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+    if top_k_index.dim() == x.dim() + 1:
+        base = base.expand(*top_k_index.shape[:-1], -1)
     return routed_lora_ref(x, lora_A, lora_B, top_k_index, top_k_weights, base=base)
 
 

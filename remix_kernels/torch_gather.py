@@ -34,12 +34,14 @@ def gather_fwd(call: Call) -> tuple[Tensor, Kept]:
 
 
 def gather_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
-    """dy [M T, out] -> every gradient (they cost little, and nobody trains with this strategy)."""
+    """dy [M T, out] -> every gradient, summed in fp32 at least (nobody trains this way)."""
     x, lora_A, lora_B, weights = call.x, call.lora_A, call.lora_B, call.top_k_weights
     scales = weights.tolist() if isinstance(weights, Tensor) else None
-    dx = frozen_dx(call, dy)
-    dlora_a = torch.zeros_like(lora_A, dtype=torch.promote_types(lora_A.dtype, x.dtype))
-    dlora_b = torch.zeros_like(lora_B, dtype=torch.promote_types(lora_B.dtype, x.dtype))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dx = frozen_dx(call, dy).to(wide)
+    x_dtype, x, dy = x.dtype, x.to(wide), dy.to(wide)
+    dlora_a = torch.zeros_like(lora_A, dtype=wide)
+    dlora_b = torch.zeros_like(lora_B, dtype=wide)
     dweights = torch.zeros_like(weights) if isinstance(weights, Tensor) else None
     for p, experts in enumerate(kept.host):
         t = p % x.shape[0]
@@ -53,7 +55,7 @@ def gather_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
             dlora_b[i] += scale * torch.outer(dy[p], hidden)
             dlora_a[ia] += scale * torch.outer(dhidden, x[t])
             dx[t].addmv_(a.T, dhidden, alpha=scale)
-    return Grads(dx, dlora_a.to(lora_A.dtype), dlora_b.to(lora_B.dtype), dweights)
+    return Grads(dx.to(x_dtype), dlora_a.to(lora_A.dtype), dlora_b.to(lora_B.dtype), dweights)
 
 
 GATHER = Strategy(gather_fwd, gather_bwd)

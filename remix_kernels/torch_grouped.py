@@ -75,7 +75,14 @@ def grouped_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
     dlora_a = torch.zeros_like(lora_A, dtype=sum_dtype) if need.lora_A else None
     dlora_b = torch.zeros_like(lora_B) if need.lora_B else None
     dscale = x.new_empty(order.numel()) if need.weights else None
-    dx = frozen_dx(call, dy) if need.x else None
+    # With M selections of one x, a row of x is met by M rows of y: summed in order, afterwards.
+    dx = None
+    if need.x:
+        dx = (
+            frozen_dx(call, dy)
+            if dy.shape[0] == x.shape[0]
+            else x.new_zeros(dy.shape[0], x.shape[1])
+        )
     for i, span in each_expert(pairs.offsets):
         dyi = dy.index_select(0, y_rows[span])
         if dlora_b is not None:
@@ -90,7 +97,9 @@ def grouped_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
         if dlora_a is not None:
             dlora_a[ia] += dhidden.T @ x.index_select(0, x_rows[span])
         if dx is not None:
-            dx.index_add_(0, x_rows[span], dhidden @ lora_A[ia].to(x.dtype))
+            dx.index_add_(0, y_rows[span], dhidden @ lora_A[ia].to(x.dtype))
+    if dx is not None and dy.shape[0] != x.shape[0]:
+        dx = dx.view(-1, *x.shape).sum(0).add_(frozen_dx(call, dy))
     dweights = None
     if dscale is not None:
         assert isinstance(call.top_k_weights, Tensor)

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import random
 import string
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,24 +181,22 @@ def _humaneval_file() -> Path:
     )
 
 
-def _open_text(path: Path) -> IO[str]:
-    # A byte-order mark, which spreadsheets write, is not part of the first field's name.
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+def _open_binary(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def _lines(path: Path) -> Iterator[str]:
     """Yield a file's lines; a file that cannot be decoded is an error that says where."""
     number = 0
     try:
-        with _open_text(path) as file:
+        with _open_binary(path) as file:
             for line in file:
                 number += 1
-                yield line
+                # A byte-order mark, which spreadsheets write, is not part of the first field.
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text after line {number}: {error.reason}") from error
-    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} line {number} is not UTF-8 text: {error.reason}") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is a damaged gzip file after line {number}: {error}") from error
 
 
@@ -213,6 +212,8 @@ def _read_jsonl(path: Path) -> _Records:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{origin} is not JSON: {error.msg} at column {error.colno}") from None
+        except RecursionError:
+            raise ValueError(f"{origin} is nested too deeply to be a record") from None
         yield origin, _check_record(record, origin)
 
 
@@ -224,6 +225,8 @@ def _read_json(path: Path) -> _Records:
             f"{path} line {error.lineno} is not JSON: {error.msg} at column {error.colno} "
             f"(one object per line is .jsonl)"
         ) from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be a list of objects") from None
     if not isinstance(records, list):
         raise ValueError(f"{path} must hold a list of objects, got {_json_type(records)}")
     for number, record in enumerate(records, start=1):
@@ -232,10 +235,12 @@ def _read_json(path: Path) -> _Records:
 
 
 def _read_csv(path: Path) -> _Records:
-    reader = csv.DictReader(_lines(path), delimiter="\t" if file_suffix(path) == ".tsv" else ",")
+    separator = "\t" if file_suffix(path) == ".tsv" else ","
+    reader = csv.DictReader(_lines(path), delimiter=separator, strict=True)
+    last = 1
     try:
         for row in reader:
-            origin = f"{path} line {reader.line_num}"
+            origin, last = f"{path} line {last + 1}", reader.line_num
             if None in row or None in row.values():
                 raise ValueError(
                     f"{origin} has not the {len(reader.fieldnames or [])} columns of the first "
@@ -243,7 +248,10 @@ def _read_csv(path: Path) -> _Records:
                 )
             yield origin, row
     except csv.Error as error:
-        raise ValueError(f"{path} line {reader.line_num} is malformed: {error}") from error
+        raise ValueError(
+            f"{path}: the row that begins in line {last + 1} is malformed: {error} in line "
+            f"{reader.line_num} (a quote that is text is written twice, in a quoted field)"
+        ) from error
 
 
 def _read_txt(path: Path) -> Iterator[tuple[str, str]]:

@@ -48,13 +48,14 @@ class DeliverRouterGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.state, ctx.temperature = state, temperature
         ctx.save_for_backward(x, router, logits, index)
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # nothing is written; unlike a view, y may be changed in place by others
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, router, logits, index = ctx.saved_tensors
-        advantages = None if ctx.state is None else ctx.state.row_advantages(x.shape[:-1])
+        advantages = None if ctx.state is None else ctx.state.row_advantages(x.shape[:-1], x.device)
         if advantages is None:
             return dy, None, torch.zeros_like(router), None, None, None, None
         dx = None
@@ -77,7 +78,8 @@ class LossTap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, state: RoutingState) -> Tensor:
         ctx.state = state
-        return loss.view_as(loss)
+        ctx.mark_dirty(loss)
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable

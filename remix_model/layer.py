@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,31 @@ def routing_scaling(lora_alpha: float, top_k: int, r: int, use_rslora: bool) -> 
     return lora_alpha / (math.sqrt(top_k * r) if use_rslora else top_k * r)
 
 
-def check_pool(num_experts: int, top_k: int, r: int) -> None:
-    """Raise ValueError unless num_experts, top_k and r describe a pool of adapters."""
+def check_pool(
+    num_experts: int, top_k: int, r: int, *, scale: Mapping[str, Any], lora_dropout: Any
+) -> None:
+    """Raise ValueError unless these describe a pool of adapters.
+
+    Args:
+        num_experts: n.
+        top_k: k.
+        r: Rank.
+        scale: lora_alpha, router_temperature and router_init_range.
+        lora_dropout: In [0, 1).
+    """
+    for name, value in (("num_experts", num_experts), ("top_k", top_k), ("r", r)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be an integer")
+    for name, value in (*scale.items(), ("lora_dropout", lora_dropout)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} must be a finite number")
+        if name in ("lora_alpha", "router_temperature") and value <= 0:
+            raise ValueError(f"{name}={value}; it must be positive")
+        if value < 0:
+            raise ValueError(f"{name}={value}; it must not be negative")
+    if lora_dropout >= 1:
+        raise ValueError(f"lora_dropout={lora_dropout}; it must be in [0, 1)")
     if num_experts < 1:
         raise ValueError(f"num_experts={num_experts}; it must be at least 1")
     if not 1 <= top_k <= num_experts:
@@ -157,11 +181,12 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
         super().__init__()
         if not isinstance(base, nn.Linear):
             raise TypeError(f"base must be an nn.Linear, got {type(base).__name__}")
-        check_pool(num_experts, top_k, r)
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout={lora_dropout}; it must be in [0, 1)")
-        if router_temperature <= 0:
-            raise ValueError(f"router_temperature={router_temperature}; it must be positive")
+        scale = {
+            "lora_alpha": lora_alpha,
+            "router_temperature": router_temperature,
+            "router_init_range": router_init_range,
+        }
+        check_pool(num_experts, top_k, r, scale=scale, lora_dropout=lora_dropout)
         self.base_layer = base.requires_grad_(False)
         self.num_experts, self.top_k, self.r = num_experts, top_k, r
         self.scaling = routing_scaling(lora_alpha, top_k, r, use_rslora)

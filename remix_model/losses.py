@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remix_model.site import RoutedModule
+from remix_model.site import RoutedModule, check_decoder
 
 
 def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -29,11 +29,12 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
         position t, zero where the mask is.
 
     Raises:
-        ValueError: No labels, or a sequence longer than the model's positions.
+        ValueError: No labels, a sequence longer than the model's positions, or an encoder-decoder.
     """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         raise ValueError("the batch needs labels [B, T] to compute a loss")
+    check_decoder(model)
     _check_length(model, labels.shape[1])
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     inputs.setdefault("use_cache", False)

@@ -54,6 +54,7 @@ def load_model(
         OSError: There is no such folder, or the hub does not have or cannot deliver the model.
         ImportError: `smollm2-135m` was asked for and its package is not installed.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     device = resolve_device(device)
@@ -65,7 +66,7 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _load_error("model", name, error) from error
     model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature
     return model.eval()
@@ -88,6 +89,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if Path(folder).is_dir() and not any(Path(folder).glob("*token*")):
+            raise OSError(
+                f"the model folder {name!r} holds no tokenizer: save one there with "
+                "tokenizer.save_pretrained"
+            ) from error
         raise _load_error("tokenizer", name, error) from error
 
 
@@ -119,7 +125,7 @@ def model_folder(name: str) -> str:
     """
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
-        return str(path)
+        return str(path.absolute())  # an adapter remembers it, and is used from other folders
     # A path into another machine's cache, as an adapter trained there records it, means the same
     # model.
     if path.name == EMBEDDED_MODEL and not path.exists():
@@ -179,10 +185,12 @@ def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torc
 
 
 def _load_error(what: str, name: str, error: Exception) -> OSError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # The rest of a message is advice for another setting, unless the first line announces it.
+    reason = (" ".join(lines) if lines[0].endswith(":") else lines[0]).rstrip(".")
     return OSError(
-        f"cannot load the {what} of {name!r}: {reason} Check the name and the connection, or give "
-        f"a local folder or {EMBEDDED_MODEL!r}, which needs no hub."
+        f"cannot load the {what} of {name!r}: {reason[:400]}. Check the name and the "
+        f"connection, or give a local folder or {EMBEDDED_MODEL!r}, which needs no hub."
     )
 
 

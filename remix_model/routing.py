@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from remix_model.credit import CREDITS
 from remix_model.delivery import LossTap
-from remix_model.site import RoutingSite, find_sites
+from remix_model.site import RoutingSite, check_decoder, find_sites
 
 LOGPROB_TOKENS = ("all", "response")
 LOG_PROBS = ("ordered",)
@@ -74,6 +74,8 @@ class RoutingState:
             for key, value in batch.items()
             if isinstance(value, Tensor) and value.dim() > 0
         }
+        if 0 in sizes.values():
+            raise ValueError(f"the batch is empty: {sizes}; leave it out")
         if not sizes:
             raise ValueError(f"the batch holds no tensor [B, ...]; its keys are {sorted(batch)}")
         batch_size = sizes.get("input_ids", max(sizes.values()))
@@ -110,11 +112,12 @@ class RoutingState:
 
         Returns:
             Scalar: sum over counted losses / (N M). Its backward pass delivers both gradients,
-                inside or after
-            the context.
+            inside or after the context.
 
         Raises:
-            ValueError: A shape does not fit the folded batch, or nothing counts.
+            ValueError: A shape does not fit the folded batch, or nothing counts (where num_items
+                is counted on a GPU, the loss is nan instead: looking would stall it).
+            RuntimeError: The context has a loss already.
         """
         rows, num_selections = self.folded_batch_size, self.num_selections
         if self.advantages is not None:
@@ -139,7 +142,9 @@ class RoutingState:
         if not on_device and float(num_items) <= 0:  # on a device that would be a synchronisation
             raise ValueError(f"num_items={num_items}: no loss counts; is everything masked?")
         counted = token_losses if mask is None else token_losses.masked_fill(mask == 0, 0.0)
-        losses = (counted.float() / num_items).view(num_selections, rows // num_selections, -1)
+        if counted.dtype != torch.float64:
+            counted = counted.float()
+        losses = (counted / num_items).view(num_selections, rows // num_selections, -1)
         with torch.no_grad():
             detached = losses.detach()
             self.losses = detached.sum(-1)
@@ -165,11 +170,12 @@ class RoutingState:
         stream = self.streams.get(id(site))
         return [] if stream is None else self.selections.get(stream, [])
 
-    def row_advantages(self, lead: torch.Size) -> Tensor | None:
+    def row_advantages(self, lead: torch.Size, device: torch.device) -> Tensor | None:
         """grad_scale * advantage of every row of a layer, flattened; None outside its backward.
 
         Args:
             lead: Leading dimensions of the layer's input: [M B, T] or [M B T] or [M B].
+            device: Where the layer is; models may be spread over several.
         """
         if self.advantages is None or not self._delivering:
             return None
@@ -177,8 +183,8 @@ class RoutingState:
         rows = self.advantages.expand(-1, per_sequence)
         for counted in (self.valid, self.sampled):
             if counted is not None:
-                rows = rows * counted
-        return (rows * self._grad_scale).reshape(-1)
+                rows = rows * counted.to(rows.device)
+        return (rows * self._grad_scale).reshape(-1).to(device)
 
     def positions(self, lead: torch.Size) -> int:
         """Routed rows a sequence has in a layer whose input is [*lead, in].
@@ -230,8 +236,9 @@ def sample_routing(
             routed top-k).
         grad_selections: Forward-only selections; not available in this version, leave None.
         selection_chunk_size: Chunked selections; not available in this version, leave None.
-        seed: 64-bit integer; every module's draw mixes its own stream from it. Use a new one every
-            step.
+        seed: 64-bit integer; every module's draw mixes its own stream from it, by its place in
+            `model`. Use a new one every step, and for every part of a model that has a context of
+            its own.
 
     Yields:
         The `RoutingState` with `expand` and `loss`.
@@ -244,7 +251,8 @@ def sample_routing(
     Source: ReMix (arXiv 2603.10160) section 3.2.
     """
     sites = find_sites(model)
-    _check_arguments(num_selections, credit, log_prob, logprob_tokens)
+    check_decoder(model)
+    check_sampling(num_selections, credit, log_prob, logprob_tokens)
     for name, value in (
         ("grad_selections", grad_selections),
         ("selection_chunk_size", selection_chunk_size),
@@ -308,10 +316,14 @@ def force_selection(model: nn.Module, selections: Mapping[str, Tensor]) -> Itera
             sites[name].forced = before
 
 
-def _check_arguments(num_selections: int, credit: str, log_prob: str, logprob_tokens: str) -> None:
-    if num_selections < 1:
+def check_sampling(
+    num_selections: int, credit: str, log_prob: str, logprob_tokens: str, prefix: str = ""
+) -> None:
+    """Raise ValueError for a value that is out of range or unknown; `prefix` goes before names."""
+    if not isinstance(num_selections, int) or num_selections < 1:
         raise ValueError(
-            f"num_selections={num_selections}; it must be at least 1 (2 to train a router)"
+            f"{prefix}num_selections={num_selections!r}; it must be a whole number, at least 1 "
+            "(2 to train a router)"
         )
     for name, value, known in (
         ("credit", credit, tuple(CREDITS)),
@@ -319,7 +331,9 @@ def _check_arguments(num_selections: int, credit: str, log_prob: str, logprob_to
         ("logprob_tokens", logprob_tokens, LOGPROB_TOKENS),
     ):
         if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+            raise ValueError(
+                f"{prefix}{name}={value!r} is unknown; choose one of {', '.join(known)}"
+            )
 
 
 def _refuse_packed(batch: Mapping[str, Any]) -> None:

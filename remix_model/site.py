@@ -97,6 +97,16 @@ class RoutingSite:
             training: The layer's mode; only decides whether an unsampled pass forgets the last
                 draw.
         """
+        if x.shape[-1] != router.shape[1]:
+            raise ValueError(
+                f"{self.name or 'a routed layer'} got x {list(x.shape)}; it takes [..., "
+                f"{router.shape[1]}]"
+            )
+        if self.state is not None and torch.compiler.is_compiling():
+            return self._select_eagerly(x, router, training)
+        return self._select(x, router, training)
+
+    def _select(self, x: Tensor, router: Tensor, training: bool) -> Selection:
         self.router_weight = router
         with torch.no_grad():
             logits = self._logits(x, router)
@@ -128,9 +138,19 @@ class RoutingSite:
             if not self.warned[0]:
                 self.warned[0] = True
                 warnings.warn(UNTRAINED_ROUTER, stacklevel=3)
+        return self._deliver(y, x, router, selection)
+
+    # A compiler would run DeliverRouterGradient's backward pass once, before there are any
+    # advantages, and keep the zeros that it gave.
+    @torch.compiler.disable
+    def _deliver(self, y: Tensor, x: Tensor, router: Tensor, selection: Selection) -> Tensor:
         return DeliverRouterGradient.apply(
             y, x, router, selection.logits, selection.index, self.temperature, selection.state
         )
+
+    @torch.compiler.disable
+    def _select_eagerly(self, x: Tensor, router: Tensor, training: bool) -> Selection:
+        return self._select(x, router, training)
 
     def begin_backward(self, state: RoutingState, graph_task: int) -> None:
         """`state`'s backward pass has begun: recomputations in it replay what it drew.
@@ -151,6 +171,10 @@ class RoutingSite:
 
     def check_forced(self, name: str, index: Tensor) -> None:
         """Raise ValueError unless `index` names top_k distinct experts in every row."""
+        if not isinstance(index, Tensor):
+            raise TypeError(
+                f"the selection for {name} is a {type(index).__name__}; it must be a tensor"
+            )
         if index.is_floating_point() or index.dim() < 1 or index.shape[-1] != self.top_k:
             raise ValueError(
                 f"the selection for {name} is {list(index.shape)} {index.dtype}; it must be "
@@ -187,7 +211,7 @@ class RoutingSite:
         call = len(state.selections.get(self.stream, ()))
         index = sample_top_k(logits, self.top_k, seed=mix_seed(state.seed, self.stream, call))
         if state.sampled is not None:
-            drawn = state.sampled.view(*logits.shape[:-1], 1)
+            drawn = state.sampled.to(logits.device).view(*logits.shape[:-1], 1)
             index = torch.where(drawn, index, self._choose(logits).to(index.dtype))
         return index
 
@@ -213,7 +237,10 @@ class RoutingSite:
                 "several sample_routing losses share, which does not say whose pass it repeats: "
                 "call backward on each loss by itself"
             )
-        for state in (self.replaying, self.last):
+        # A state that has its loss says so when its backward pass begins: `replaying`. Another one
+        # (the user's own surrogate) is taken to be running.
+        last = self.last if self.last is not None and self.last.advantages is None else None
+        for state in (self.replaying, last):
             saved = None if state is None else state.drawn_at(self)
             if saved:
                 self.replayed = True
@@ -259,3 +286,14 @@ def find_sites(model: nn.Module) -> dict[str, RoutingSite]:
             "ReMixConfig(...)) or put RoutedLoRALinear modules into it"
         )
     return sites
+
+
+def check_decoder(model: nn.Module) -> None:
+    """Raise ValueError for an encoder-decoder: its routed rows are not one sequence's positions."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module  # type: ignore[assignment]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model; routers are trained in "
+            "decoder-only language models (with frozen routers, train it with any trainer)"
+        )

@@ -12,6 +12,7 @@ Sums stay on the layer's device; `RoutingRecorder.stats` brings them to the host
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -42,10 +43,11 @@ class SiteRecord:
             logits.reshape(-1, self.num_experts),
             index.reshape(-1, index.shape[-1]).long(),
         )
-        if valid is not None and valid.numel() == rows.shape[0]:
-            kept = valid.reshape(-1).to(rows.dtype)
-        else:
-            kept = rows.new_ones(rows.shape[0])
+        kept = rows.new_ones(rows.shape[0])
+        if valid is not None and valid.shape[0] and rows.shape[0] % valid.shape[0] == 0:
+            width = rows.shape[0] // valid.shape[0]
+            if width <= valid.shape[1]:  # with a cache, the mask covers the past as well
+                kept = valid[:, -width:].reshape(-1).to(rows) if width else kept
         log_q = rows.log_softmax(-1)
         q = log_q.exp()
         weights = kept.unsqueeze(1).expand(chosen.shape).reshape(-1)
@@ -140,8 +142,13 @@ class RoutingRecorder:
 
     def note_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: which tokens of this pass are real."""
-        mask = kwargs.get("attention_mask")
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        mask = given.get("attention_mask", kwargs.get("attention_mask"))
         self.valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def forget_mask(self, *_: Any) -> None:
+        """Forward hook: the next pass may have no mask."""
+        self.valid = None
 
     def reset(self) -> None:
         """Forget what was counted."""
@@ -174,10 +181,20 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
         ValueError: The model has no routed layer.
     """
     recorder = RoutingRecorder(model)
-    hook = model.register_forward_pre_hook(recorder.note_mask, with_kwargs=True)
+    # PEFT's generate() calls the model inside, so that is where every pass comes by.
+    inner = model
+    while isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module  # type: ignore[assignment]
+    if callable(getattr(inner, "get_base_model", None)):
+        inner = inner.get_base_model()  # type: ignore[operator]
+    hooks = [
+        inner.register_forward_pre_hook(recorder.note_mask, with_kwargs=True),
+        inner.register_forward_hook(recorder.forget_mask, always_call=True),
+    ]
     recorder.attach()
     try:
         yield recorder
     finally:
         recorder.detach()
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-ROUTER_PARAMETER = "remix_router"
-
 
 class NonFiniteError(FloatingPointError):
     """A loss or gradient stopped being a number; training stopped before the optimizer saw it."""
@@ -40,7 +38,26 @@ class ReMixTrainerMixin(_Base):
             raise ValueError(
                 f"args is {type(given).__name__}; use ReMixTrainingArguments (or ReMixSFTConfig)"
             )
+        options: Any = given
+        if options.label_smoothing_factor or kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                f"label_smoothing_factor={options.label_smoothing_factor}, compute_loss_func="
+                f"{kwargs.get('compute_loss_func')}: routers are trained on the cross-entropy of "
+                "each selection; leave both out, or write the loop with sample_routing"
+            )
+        if options.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {options.n_gpu} GPUs and would use nn.DataParallel, whose "
+                "threads share one set of selections: start it with torchrun, or set "
+                "CUDA_VISIBLE_DEVICES"
+            )
         super().__init__(*args, **kwargs)
+        if self._is_sharded() and given.remix_router_max_grad_norm is not None:
+            raise ValueError(
+                f"remix_router_max_grad_norm={given.remix_router_max_grad_norm}: "
+                f"{self.accelerator.distributed_type.value} clips all parameters together; leave "
+                "it out, or use FSDP version 2"
+            )
         sites = find_sites(self._module())
         trained = any(site.router_is_trained() for site in sites.values())
         if trained and given.remix_num_selections < 2:
@@ -49,10 +66,18 @@ class ReMixTrainerMixin(_Base):
                 "baseline needs at least 2 (or freeze the routers with requires_grad_(False))"
             )
         self.loss_is_scaled_for_ga = True
+        self._start()
+
+    def _start(self) -> None:
+        """Forget an earlier run's draws and metrics; model_init may have made another model."""
         self._recorder = RoutingRecorder(self._module())
         self._window: list[dict[str, Tensor]] = []
         self._micro_step = (-1, 0)
         self._grad_norms: dict[str, Tensor] = {}
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._start()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -118,8 +143,8 @@ class ReMixTrainerMixin(_Base):
         if not made_here:
             return optimizer
         named = (self._module() if model is None else model).named_parameters()
-        routers = [p for name, p in named if ROUTER_PARAMETER in name and p.requires_grad]
-        ids = {id(p) for p in routers}
+        ids = self._router_ids()
+        routers = [p for _, p in named if id(p) in ids and p.requires_grad]
         if not routers:
             return optimizer
         for group in optimizer.param_groups:
@@ -136,11 +161,6 @@ class ReMixTrainerMixin(_Base):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip routers and the rest apart: RLOO's noise must not throttle the adapters."""
-        from accelerate.utils import DistributedType
-
-        sharded = (DistributedType.DEEPSPEED, DistributedType.FSDP)
-        if self.accelerator.distributed_type in sharded and not self.accelerator.is_fsdp2:
-            return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         router_limit = self.args.remix_router_max_grad_norm  # type: ignore[attr-defined]
         limits = {
@@ -148,10 +168,10 @@ class ReMixTrainerMixin(_Base):
             "router": self.args.max_grad_norm if router_limit is None else router_limit,
         }
         groups: dict[str, list[nn.Parameter]] = {"lora": [], "router": []}
-        for name, parameter in model.named_parameters():
+        routers = self._router_ids()
+        for parameter in model.parameters():
             if parameter.grad is not None:
-                kind = "router" if ROUTER_PARAMETER in name else "lora"
-                groups[kind].append(parameter)
+                groups["router" if id(parameter) in routers else "lora"].append(parameter)
         norms = {
             kind: torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
             for kind, group in groups.items()
@@ -185,6 +205,8 @@ class ReMixTrainerMixin(_Base):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The parent clips only if max_grad_norm > 0; the routers' limit may be set without it."""
+        if self._is_sharded():
+            return super()._get_grad_norm(model, grad_norm=grad_norm)
         return super()._get_grad_norm(
             model, grad_norm=self._clip_grad_norm(model) if grad_norm is None else grad_norm
         )
@@ -211,6 +233,35 @@ class ReMixTrainerMixin(_Base):
             # Kept in trainer_state.json, not printed: one list a layer.
             self.state.log_history[-1].update({"remix/expert_share": shares})  # type: ignore[dict-item]
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's, for weights that are numbers.
+
+        Raises:
+            NonFiniteError: A trained parameter is not finite; nothing was written.
+        """
+        bad = [
+            name
+            for name, p in self._module().named_parameters()
+            if p.requires_grad and not bool(torch.isfinite(p).all())
+        ]
+        if bad:
+            raise NonFiniteError(
+                f"{bad[0]} is not finite after step {self.state.global_step} ({len(bad)} "
+                "parameters); it was not saved. Lower learning_rate"
+            )
+        super().save_model(*args, **kwargs)
+
+    def _is_sharded(self) -> bool:
+        """Whether the engine clips by itself, all parameters together."""
+        from accelerate.utils import DistributedType
+
+        engines = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        return self.accelerator.distributed_type in engines and not self.accelerator.is_fsdp2
+
+    def _router_ids(self) -> set[int]:
+        """Which parameters are routers, by id."""
+        return {id(site.router_weight) for site in find_sites(self._module()).values()}
+
     def _module(self) -> nn.Module:
         assert self.model is not None
         return self.model
@@ -236,7 +287,7 @@ class ReMixTrainerMixin(_Base):
         losses, num_selections = routing.losses, routing.num_selections
         tokens = mask.view(num_selections, -1, mask.shape[1])[0].sum(1).clamp(min=1)
         share = tokens / tokens.sum()
-        per_token = losses / share / max(self.current_gradient_accumulation_steps, 1)
+        per_token = losses / share * max(self.current_gradient_accumulation_steps, 1)
         spread = per_token.std(0, correction=0).mean()
         sequence_advantages = routing.advantages.sum(-1)
         self._window.append(
@@ -269,7 +320,8 @@ class ReMixTrainer(ReMixTrainerMixin, Trainer):
     ) -> Any:
         """Mean loss over labelled tokens; the parent's when metrics need all logits."""
         if not self._loss_only:
-            result = super().evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
+            # None: this rank's own mean, not its part of all ranks'.
+            result = super().evaluation_loss(model, inputs, return_outputs, None)
             loss = result[0] if return_outputs else result
             count = (inputs["labels"][:, 1:] != -100).count_nonzero()
             self._count_evaluated(loss * count, count)

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from remix_model.credit import CREDITS
-from remix_model.routing import LOG_PROBS, LOGPROB_TOKENS
+from remix_model.routing import check_sampling
 
 
 @dataclass
@@ -56,15 +55,14 @@ class ReMixArguments:
 
     def check_remix(self) -> None:
         """Raise ValueError for a value that is out of range, unknown or not available."""
-        if self.remix_num_selections < 1:
-            raise ValueError(
-                f"remix_num_selections={self.remix_num_selections}; it must be at least 1 (2 to "
-                "train a router)"
-            )
+        check_sampling(
+            self.remix_num_selections,
+            self.remix_credit,
+            self.remix_log_prob,
+            self.remix_logprob_tokens,
+            prefix="remix_",
+        )
         for name, known in (
-            ("remix_credit", tuple(CREDITS)),
-            ("remix_log_prob", LOG_PROBS),
-            ("remix_logprob_tokens", LOGPROB_TOKENS),
             ("remix_advantage_norm", ("none",)),
             ("remix_router_entropy_coef", (0.0,)),
             ("remix_grad_selections", (None, self.remix_num_selections)),

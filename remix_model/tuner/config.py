@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,19 +128,18 @@ class ReMixConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         if isinstance(self.runtime_config, dict):
             self.runtime_config = ReMixRuntimeConfig(**self.runtime_config)
-        for name in ("r", "num_experts", "top_k"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name}={value!r} must be an integer")
-        check_pool(self.num_experts, self.top_k, self.r)
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout={self.lora_dropout}; it must be in [0, 1)")
-        if self.lora_alpha <= 0:
-            raise ValueError(f"lora_alpha={self.lora_alpha}; it must be positive")
-        if self.router_temperature <= 0:
-            raise ValueError(f"router_temperature={self.router_temperature}; it must be positive")
-        if self.router_init_range < 0:
-            raise ValueError(f"router_init_range={self.router_init_range}; it must not be negative")
+        scale = {
+            "lora_alpha": self.lora_alpha,
+            "router_temperature": self.router_temperature,
+            "router_init_range": self.router_init_range,
+        }
+        check_pool(
+            self.num_experts, self.top_k, self.r, scale=scale, lora_dropout=self.lora_dropout
+        )
+        if not isinstance(self.use_rslora, bool):
+            raise ValueError(f"use_rslora={self.use_rslora!r} must be True or False")
+        for name in ("target_modules", "exclude_modules"):
+            _check_names(name, getattr(self, name))
         for name, known in (
             ("router_type", ROUTER_TYPES),
             ("routing_granularity", GRANULARITIES),
@@ -165,3 +165,18 @@ class ReMixConfig(PeftConfig):
         saved: dict[str, Any] = super().to_dict()
         saved.pop("runtime_config", None)
         return saved
+
+
+def _check_names(option: str, value: Any) -> None:
+    """Raise ValueError unless value is None, names, or a regular expression."""
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"{option}={value!r} is not a regular expression: {error}; give a list of names"
+            ) from None
+    elif value is not None and not (
+        isinstance(value, (set, list, tuple)) and all(isinstance(item, str) for item in value)
+    ):
+        raise ValueError(f"{option}={value!r} must be a list of names or a regular expression")

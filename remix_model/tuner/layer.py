@@ -50,7 +50,7 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         self.scaling: dict[str, float] = {}
         self.sites: dict[str, RoutingSite] = {}
         self.detach_router_input: dict[str, bool] = {}
-        self.runtime = ReMixRuntimeConfig()
+        self.runtime: dict[str, ReMixRuntimeConfig] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
@@ -65,7 +65,7 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
             config.lora_alpha, config.top_k, r, config.use_rslora
         )
         self.detach_router_input[adapter_name] = config.router_detach_input
-        self.runtime = config.runtime_config  # type: ignore[assignment]
+        self.runtime[adapter_name] = config.runtime_config  # type: ignore[assignment]
         self.remix_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         self.sites[adapter_name] = RoutingSite(n, config.top_k, config.router_temperature)
         self.remix_lora_A[adapter_name] = nn.Parameter(torch.empty(n, r, self.in_features))
@@ -116,12 +116,15 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         return y
 
     def _can_fuse(self, base: Any, name: str) -> bool:
-        """Whether one op may serve: a plain floating-point linear, no dropout, no hooks."""
+        """Whether one op may serve: a plain floating-point linear that nobody watches."""
         return (
             type(base) is nn.Linear
             and base.weight.is_floating_point()
             and not base._forward_hooks
             and not base._forward_pre_hooks
+            and not base._backward_hooks
+            and not base._backward_pre_hooks
+            and "forward" not in base.__dict__  # as accelerate's offloading replaces it
             and not (self.training and self.remix_dropout[name].p > 0.0)  # type: ignore[operator]
         )
 
@@ -133,8 +136,8 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
             self.remix_router[name],
             self.scaling[name],
             self.detach_router_input[name],
-            self.runtime.backend,
-            self.runtime.strategy,
+            self.runtime[name].backend,
+            self.runtime[name].strategy,
         )
 
     def __repr__(self) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, NoMatchingPeftModuleError
 from torch import nn
 
 from remix_model.tuner.config import ReMixConfig
-from remix_model.tuner.layer import CANNOT_MERGE, MIXED_BATCH, ReMixLayer
+from remix_model.tuner.layer import CANNOT_MERGE, MIXED_BATCH, ReMixLayer, linear_features
 
 _GATED = ["gate_proj", "up_proj", "down_proj"]
 _TWO = ["fc1", "fc2"]
@@ -62,6 +64,33 @@ class ReMixModel(BaseTuner):
                 "'down_proj']"
             )
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """PEFT's, with errors that say which linears there are.
+
+        Raises:
+            ValueError: A name in target_modules is not in the model, or nothing is left to adapt.
+        """
+        config: Any = self.peft_config[adapter_name]
+        linears = _linear_names(model)
+        fix = f"the linears of {type(model).__name__} are named {', '.join(linears)}"
+        known = FEED_FORWARD_MODULES.get(getattr(model.config, "model_type", ""), [])
+        if isinstance(config.target_modules, (set, list)):
+            names = [name for name, _ in model.named_modules()]
+            for target in sorted(set(config.target_modules) - set(known)):
+                if not any(name == target or name.endswith(f".{target}") for name in names):
+                    raise ValueError(f"target_modules names {target!r}, which is not there; {fix}")
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            chosen = {
+                name: getattr(config, name)
+                for name in ("target_modules", "exclude_modules", "layers_to_transform")
+                if getattr(config, name) is not None
+            }
+            raise NoMatchingPeftModuleError(f"{chosen} leaves nothing to adapt; {fix}") from error
 
     def _create_and_replace(
         self,
@@ -135,6 +164,18 @@ class ReMixModel(BaseTuner):
         return remapped
 
 
+def _linear_names(model: nn.Module) -> list[str]:
+    """The last names of the model's linears, each once, in the model's order."""
+    names: dict[str, None] = {}
+    for name, module in model.named_modules():
+        try:
+            linear_features(module)
+        except ValueError:
+            continue
+        names[name.rsplit(".", 1)[-1] if "base_layer" not in name else name.split(".")[-2]] = None
+    return list(names)
+
+
 def _check_loaded(
     model: nn.Module,
     config: ReMixConfig,
@@ -149,9 +190,16 @@ def _check_loaded(
         if f".{prefix}" in key and key.endswith(f".{adapter_name}")
     }
     found = {key: tensor.shape for key, tensor in loaded.items() if f".{prefix}" in key}
-    fix = (
-        f"the adapter was trained for base model {config.base_model_name_or_path!r}; load that one"
-    )
+    trained_on, here = str(config.base_model_name_or_path), str(getattr(model, "name_or_path", ""))
+    fix = f"the adapter was trained for base model {trained_on!r}; load that one"
+    if trained_on == here:
+        fix = "its adapter_config.json and its weights do not belong together"
+    elif here and Path(trained_on).name != Path(here).name:
+        warnings.warn(
+            f"the adapter was trained on {trained_on!r} and is loaded on {here!r}; its results "
+            "mean nothing unless the two are the same model",
+            stacklevel=2,
+        )
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unknown:
         kind, key = ("lacks", missing[0]) if missing else ("holds unknown", unknown[0])

@@ -239,13 +239,15 @@ def test_nothing_to_resume(
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = ["--output-dir", str(tmp_path / "run"), "--save-steps", "1"]
-    code = run(workspace, "train", *out, "--learning-rate", "1e38", "--warmup-ratio", "0")
+    out = ["--output-dir", str(tmp_path / "run"), "--save-steps", "1", "--max-steps", "4"]
+    # The first step of the warm-up has the rate 0.
+    code = run(workspace, "train", *out, "--learning-rate", "1e39", "--warmup-ratio", "0.5")
     error = fails(capsys, code, expected=1)
     assert "training stopped" in error
     assert "step 2" in error
     assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint-1'}" in error
-    assert load_file(tmp_path / "run" / "checkpoint-1" / "adapter_model.safetensors")
+    saved = load_file(tmp_path / "run" / "checkpoint-1" / "adapter_model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in saved.values())
 
 
 @pytest.mark.parametrize(
@@ -255,10 +257,6 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(
         (["--top-k", "0"], "top_k"),
         (["--r", "0"], "r"),
         (["--num-selections", "1"], "num_selections=1"),
-        (["--router-type", "magic"], "router_type='magic'"),
-        (["--credit", "magic"], "remix_credit='magic'"),
-        (["--backend", "magic"], "backend='magic'"),
-        (["--lr-scheduler-type", "magic"], "magic"),
         (["--model", "/no/such/model"], "no model folder '/no/such/model'"),
         (["--dataset", "missing.jsonl"], "no data file missing.jsonl"),
         (["--response-field", "reply"], "line 1 has no field 'reply', only 'question', 'answer'"),

@@ -118,7 +118,7 @@ def test_bad_file_is_an_error_with_its_line(
 def test_undecodable_and_damaged_files_say_so(tmp_path: Path) -> None:
     latin = tmp_path / "d.jsonl"
     latin.write_bytes(jsonl(ROWS).encode() + b'{"question": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match=r"d\.jsonl is not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"d\.jsonl line 5 is not UTF-8 text"):
         load_examples(latin, **FIELDS)
     cut = tmp_path / "d.jsonl.gz"
     cut.write_bytes(gzip.compress(jsonl(ROWS * 1000).encode())[:-20])

@@ -129,7 +129,7 @@ def test_adapter_names_are_refused(make_remix, make_batch):
     ("options", "message"),
     [
         ({"num_selections": 1}, r"num_selections=1.*router.*num_selections >= 2"),
-        ({"num_selections": 0}, r"num_selections=0; it must be at least 1"),
+        ({"num_selections": 0}, r"num_selections=0; it must be a whole number, at least 1"),
         ({"num_selections": -2}, r"num_selections=-2"),
         ({"credit": "karma"}, r"credit='karma' is unknown; choose one of sequence"),
         ({"log_prob": "exact"}, r"log_prob='exact' is unknown; choose one of ordered"),

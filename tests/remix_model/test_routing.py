@@ -79,9 +79,9 @@ def test_loss_and_advantages_by_hand():
         loss = routing.loss(losses, mask, num_items=7)
     per_sequence = (losses * mask).sum(1).view(3, 2) / 7
     want = (per_sequence - per_sequence.mean(0)) / 2
-    torch.testing.assert_close(routing.losses, per_sequence.float())
-    torch.testing.assert_close(routing.advantages.view(3, 2), want.float())
-    torch.testing.assert_close(loss, (per_sequence.sum() / 3).float())
+    torch.testing.assert_close(routing.losses, per_sequence)
+    torch.testing.assert_close(routing.advantages.view(3, 2), want)
+    torch.testing.assert_close(loss, per_sequence.sum() / 3)
 
 
 @pytest.mark.parametrize("masked", [False, True])

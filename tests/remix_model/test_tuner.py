@@ -377,7 +377,9 @@ def test_runtime_config_reaches_the_layers(make_remix, make_batch, assert_same):
     want = logits(make_remix().eval(), batch)
     for runtime in ({"strategy": "gather"}, {"strategy": "grouped"}, {"backend": "reference"}):
         model = make_remix(runtime_config=runtime).eval()
-        assert next(iter(adapters(model).values())).runtime == ReMixRuntimeConfig(**runtime)
+        assert next(iter(adapters(model).values())).runtime == {
+            "default": ReMixRuntimeConfig(**runtime)
+        }
         assert_same(logits(model, batch), want, 1e-12)
 
 
