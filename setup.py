@@ -8,9 +8,9 @@ setup(
     description="Finetune language models with routed mixtures of LoRAs: kernels and a PEFT method",
     long_description=(
         "ReMix puts a pool of LoRAs beside a frozen linear layer and trains a router that picks a "
-        "few of them for each token. `remix_kernels` holds the routed low-rank matmuls, in PyTorch "
-        "and in Triton; `remix_model` is the PEFT method with its routers, RLOO gradients and "
-        "trainers; `remix` is the command line."
+        "few of them for each token. `remix_kernels` holds the routed low-rank matmuls; "
+        "`remix_model` is the PEFT method with its routers, RLOO gradients and trainers; `remix` is "
+        "the command line."
     ),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -41,9 +41,8 @@ setup(
     entry_points={"console_scripts": ["remix = remix_cli:main"]},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.6",
-        # A CUDA build of torch brings its own triton. A CPU build brings none, and the tests run
-        # the kernels in the interpreter.
+        "torch>=2.10",  # the first whose CUDA build comes with triton 3.6
+        # A CUDA build of torch brings its own triton; a CPU build brings none.
         'triton>=3.6; platform_system == "Linux"',
         "transformers>=5,<6",
         "peft>=0.21",

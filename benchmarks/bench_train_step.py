@@ -1,8 +1,7 @@
 """A SmolLM2-135M training step, and greedy generation: ReMix against PEFT LoRA of rank k r.
 
     step       forward + backward of 8 sequences of 128 tokens, adapters on gate/up/down, fp32,
-    logits
-               at the labelled positions only in every variant
+               logits at the labelled positions only in every variant
     generate   greedy tokens with a KV cache, batch 1, adapters not merged
 
 A ReMix step runs M selections, so its time is divided by M: "per selection". `folded` runs 8
@@ -35,7 +34,7 @@ BATCH, LENGTH, NEW_TOKENS = 8, 128, 48
 def build(config: Any) -> nn.Module:
     """SmolLM2-135M with an adapter whose B is not zero, as in the middle of training."""
     torch.manual_seed(0)
-    model = get_peft_model(load_model("smollm2-135m", dtype="float32"), config)
+    model = get_peft_model(load_model("smollm2-135m", dtype="float32", device="cpu"), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.01)

@@ -131,8 +131,7 @@ def _commit() -> str:
 
 
 def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    """The processor: these scripts time the CPU, also on a machine that has a GPU."""
     model = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -12,9 +12,11 @@ START, END = "<!-- figures -->\n", "<!-- /figures -->"
 
 
 def latest(name: str) -> dict[tuple[str, str], dict[str, str]]:
-    """The last row of each (case, variant) in results/<name>.csv."""
+    """The last row of each (case, variant) in results/<name>.csv, all from the last device."""
     with (RESULTS / f"{name}.csv").open(encoding="utf-8") as file:
-        return {(row["case"], row["variant"]): row for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    device = rows[-1]["device"]
+    return {(row["case"], row["variant"]): row for row in rows if row["device"] == device}
 
 
 def figures() -> str:

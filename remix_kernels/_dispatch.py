@@ -7,8 +7,9 @@ Strategy. Per call and per row, in multiply-adds (T rows, n experts of rank r, k
     gather   k r (in + out)              plus a fixed cost a (row, slot): decoding only
 
 The model turns these into seconds by the constants below, with the bytes of x and y that are moved
-and the bytes of the adapters that are read. The constants were fitted on two AVX2 cores with
-`python -m benchmarks.bench_layer --strategies` (fp32); their ratios, not their sizes, decide.
+and the bytes of the adapters that are read. The constants were set by hand from timings on two
+cores (fp32; `python -m benchmarks.bench_layer --strategies` and decoding shapes); their ratios, not
+their sizes, decide. On an accelerator the roofline of docs/design.md decides instead.
 """
 
 from __future__ import annotations

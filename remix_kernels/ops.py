@@ -139,9 +139,9 @@ def sample_top_k(
 ) -> Tensor:
     """Draw k distinct experts a row from softmax(logits), without replacement, in order.
 
-    The draw is a pure function of (seed, offset + row, logits): the same on every backend, thread
-    count and split of the batch, so `sample_top_k(z[a:], k, seed=s, offset=a)` equals rows `a:` of
-    the whole.
+    The draw is a pure function of (seed, offset + row, logits): the same on every backend (but for
+    keys that agree to their last bits), thread count and split of the batch, so
+    `sample_top_k(z[a:], k, seed=s, offset=a)` equals rows `a:` of the whole.
 
     Args:
         logits: [..., n], floating point; rows are counted over all leading dimensions. Computed in

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,15 @@ import remix_kernels
 from remix_kernels import routed_linear, routed_lora
 from remix_kernels._dispatch import resolve_backend, resolve_strategy
 from remix_kernels.ops import TORCH
-from tests.helpers import Case, assert_all_accurate, make_inputs, run, solve
+from tests.helpers import (
+    Case,
+    assert_accurate,
+    assert_all_accurate,
+    in_fp64,
+    make_inputs,
+    run,
+    solve,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 STRATEGIES = list(TORCH)
@@ -130,3 +139,47 @@ def test_dense_compiles_without_a_graph_break(options: tuple[str, ...]) -> None:
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     actual = run(lambda **kw: compiled(**kw, strategy="dense"), inputs, case.trained, dy)
     assert_all_accurate(actual, eager, truth)
+
+
+@pytest.mark.parametrize(
+    "shape,right",
+    [
+        ((16384, 4096, 14336, 8, 2, 16), "dense"),
+        ((1, 4096, 14336, 8, 4, 8), "dense"),
+        ((16384, 4096, 4096, 64, 2, 64), "grouped"),
+    ],
+    ids=str,
+)
+def test_an_accelerator_is_not_judged_by_a_processors_constants(
+    shape: tuple[int, ...], right: str
+) -> None:
+    T, in_features, out_features, n, k, r = shape
+    cuda = torch.device("cuda")
+    lora_A = SimpleNamespace(shape=(n, r, in_features), device=cuda)
+    lora_B = SimpleNamespace(shape=(n, out_features, r), device=cuda)
+    assert resolve_strategy("auto", T, lora_A, lora_B, k) == right  # type: ignore[arg-type]
+
+
+def test_auto_compiles_with_dynamic_shapes() -> None:
+    case = Case(T=12, n=64, r=64)  # which would be grouped
+    inputs, _ = make_inputs(case, torch.float32, "cpu")
+    compiled = torch.compile(routed_lora, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(**inputs), routed_lora(**inputs))
+
+
+@pytest.mark.parametrize("options", [(), ("linear",), ("linear", "M3")], ids="-".join)
+def test_the_reference_takes_what_the_others_take(options: tuple[str, ...]) -> None:
+    """A frozen weight of another dtype, and no rows at all."""
+    inputs, _ = make_inputs(Case(T=4, options=options), torch.bfloat16, "cpu")
+    op: Callable[..., Tensor] = routed_linear if "linear" in options else routed_lora
+    if "linear" in options:
+        inputs["weight"] = inputs["weight"].float()
+    truth = op(**in_fp64(inputs))
+    assert_accurate(op(**inputs, backend="reference"), op(**inputs), truth)
+    none = {
+        k: v[..., :0, :] if k in ("x", "top_k_index", "top_k_weights") else v
+        for k, v in inputs.items()
+    }
+    none["x"].requires_grad_()
+    op(**none, backend="reference").sum().backward()
+    assert none["x"].grad.shape == none["x"].shape

@@ -77,6 +77,7 @@ SMALL_CASES = [  # for the other dtypes: half precision is emulated on most CPUs
     Case(T=12, k=1, options=("one", "linear")),
     Case(T=12, options=("sharedA", "linear", "M3")),
     Case(T=12, n=64, options=("BT", "xT")),
+    Case(T=64, n=64, k=64, options=("sharedA",)),
 ]
 PROBLEMS = [(case, torch.float32) for case in CASES]
 PROBLEMS += [(case, dtype) for case in SMALL_CASES for dtype in OTHER_DTYPES]
