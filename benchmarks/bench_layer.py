@@ -175,7 +175,9 @@ def main() -> None:
         problem.check()
         variants = problem.variants(args.strategies)
         times = interleaved(variants, args.rounds)
-        chosen = resolve_strategy("auto", case.rows, problem.lora_A, problem.lora_B, case.k)
+        chosen = resolve_strategy(
+            "auto", case.rows, problem.lora_A, problem.lora_B, case.k, problem.x.dtype
+        )
         print(f"\n{case.model}  {case}  auto = {chosen}")
         for name, timing in times.items():
             peak_mib = peak_bytes(variants[name]) / 2**20

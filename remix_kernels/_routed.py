@@ -1,8 +1,8 @@
 """What every strategy shares: one call's operands, the autograd boundary, and the frozen linear.
 
-A strategy is a file with two plain functions over a `Call`, `<name>_fwd` and `<name>_bwd`; `Routed`
-makes any pair of them differentiable. So a new strategy or backend is these two functions and a
-line in the table of `ops.py`.
+A strategy is a file with three plain functions over a `Call`: what both passes need (`prepare`: the
+low-rank products, a sort), the rest of the forward pass, and the backward pass. `Routed` makes them
+differentiable. So a new strategy or backend is these functions and a line in a table of `ops.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a forward pass leaves for its backward pass."""
+    """What both passes need: made before the forward pass, kept for the backward pass."""
 
     tensors: tuple[Tensor | None, ...] = ()
     host: Any = None  # what is not a tensor
@@ -61,8 +61,13 @@ class Grads(NamedTuple):
 class Strategy(NamedTuple):
     """One way to compute a routed op."""
 
-    forward: Callable[[Call], tuple[Tensor, Kept]]  # -> y [M T, out], freshly allocated
+    prepare: Callable[[Call, bool], Kept]  # the flag: d(weights) will be wanted
+    forward: Callable[[Call, Kept], Tensor]  # -> y [M T, out], freshly allocated
     backward: Callable[[Call, Kept, Tensor, Needs], Grads]
+
+    def run(self, call: Call) -> Tensor:
+        """The forward pass alone."""
+        return self.forward(call, self.prepare(call, False))
 
 
 class Routed(torch.autograd.Function):
@@ -71,8 +76,9 @@ class Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, strategy: Strategy, *operands: Any) -> Tensor:
         call = Call(*operands)
-        y, kept = strategy.forward(call)
         weights = call.top_k_weights if isinstance(call.top_k_weights, Tensor) else None
+        kept = strategy.prepare(call, weights is not None and weights.requires_grad)
+        y = strategy.forward(call, kept)
         ctx.strategy, ctx.host = strategy, kept.host
         ctx.number = call.top_k_weights if weights is None else None
         ctx.save_for_backward(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,32 @@ from remix_kernels.torch_sampling import OrderedLogProb
 from remix_kernels.torch_sampling import sample_top_k as torch_sample_top_k
 
 TORCH: dict[str, Strategy] = {"dense": DENSE, "grouped": GROUPED, "gather": GATHER}
+
+
+@functools.cache
+def triton_strategies() -> dict[str, Strategy]:
+    """The Triton backend's, imported on first use; each backed by its PyTorch twin."""
+    from remix_kernels import triton_dense, triton_gather, triton_grouped
+    from remix_kernels._fallback import guarded
+
+    kernels = {
+        "dense": triton_dense.DENSE,
+        "grouped": triton_grouped.GROUPED,
+        "gather": triton_gather.GATHER,
+    }
+    return {name: guarded(strategy, TORCH[name]) for name, strategy in kernels.items()}
+
+
+@functools.cache
+def _triton_sampling() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """(sample_top_k, ordered log-probability) in Triton, backed by PyTorch."""
+    from remix_kernels import triton_sampling
+    from remix_kernels._fallback import or_else
+
+    return (
+        or_else(triton_sampling.sample_top_k_fwd, torch_sample_top_k),
+        or_else(triton_sampling.OrderedLogProb.apply, OrderedLogProb.apply),
+    )
 
 
 def routed_lora(
@@ -48,7 +77,8 @@ def routed_lora(
             k]: M selections of the same x, computed in one call.
         top_k_weights: A number, or a tensor shaped like top_k_index.
         base: Added to the result, never written to; shaped like the result, dtype of x.
-        backend: "auto", "torch" or "reference". REMIX_BACKEND replaces "auto".
+        backend: "auto" (Triton on a GPU, else PyTorch), "torch", "triton" or "reference".
+            REMIX_BACKEND replaces "auto".
         strategy: "auto" (by the cost model), "dense", "grouped" or "gather".
         check: False skips looking at the tensors, for a caller that vouches for them: one that
             draws the index itself, say. (On CUDA, looking for experts out of range or chosen twice
@@ -69,10 +99,12 @@ def routed_lora(
         shape = check_routed(x, lora_A, lora_B, top_k_index, top_k_weights)
         if base is not None:
             check_base(x, base, shape)
-    if resolve_backend(backend, x) == "reference":
+    name = resolve_backend(backend, x)
+    if name == "reference":
         check_strategy(strategy)
         return reference.routed_lora_ref(x, lora_A, lora_B, top_k_index, top_k_weights, base=base)
-    return _run_torch(x, None, None, base, lora_A, lora_B, top_k_index, top_k_weights, strategy)
+    call = Call(x, None, None, base, lora_A, lora_B, top_k_index, top_k_weights)
+    return _run(call, name, strategy)
 
 
 def routed_linear(
@@ -118,11 +150,13 @@ def routed_linear(
     if check:
         check_routed(x, lora_A, lora_B, top_k_index, top_k_weights)
         check_frozen(x, weight, bias, lora_B.shape[1])
-    if resolve_backend(backend, x) == "reference":
+    name = resolve_backend(backend, x)
+    if name == "reference":
         check_strategy(strategy)
         return reference.routed_linear_ref(
             x, weight, bias, lora_A, lora_B, top_k_index, top_k_weights
         )
+    call = Call(x, weight, bias, None, lora_A, lora_B, top_k_index, top_k_weights)
     if torch.is_grad_enabled() and (
         weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -130,8 +164,8 @@ def routed_linear(
         with no_autocast(x.device):
             base = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
         base = base.expand(*top_k_index.shape[:-1], -1)
-        return _run_torch(x, None, None, base, lora_A, lora_B, top_k_index, top_k_weights, strategy)
-    return _run_torch(x, weight, bias, None, lora_A, lora_B, top_k_index, top_k_weights, strategy)
+        call = call._replace(weight=None, bias=None, base=base)
+    return _run(call, name, strategy)
 
 
 def sample_top_k(
@@ -149,7 +183,7 @@ def sample_top_k(
         k: Experts to draw, 1 <= k <= n.
         seed: 64-bit integer. Give every module and every step its own: equal seeds are equal noise.
         offset: Counter of the first row, >= 0.
-        backend: "auto", "torch" or "reference".
+        backend: As in `routed_lora`.
 
     Returns:
         int32 [..., k], first draw first. No gradient.
@@ -165,9 +199,11 @@ def sample_top_k(
     if not 1 <= k <= n:
         raise ValueError(f"k={k} is out of range: choose 1 <= k <= n = {n}, the experts in logits")
     check_seed(seed, offset)
-    if resolve_backend(backend, logits) == "reference":
+    name = resolve_backend(backend, logits)
+    if name == "reference":
         return reference.sample_top_k_ref(logits, k, seed=seed, offset=offset)
-    index = torch_sample_top_k(logits.reshape(-1, n), k, seed, offset)
+    draw = _triton_sampling()[0] if name == "triton" else torch_sample_top_k
+    index = draw(logits.reshape(-1, n), k, seed, offset)
     return index.view(*logits.shape[:-1], k)
 
 
@@ -181,7 +217,7 @@ def selection_log_prob(
         top_k_index: Integer [..., k] with the leading dimensions of logits, distinct within a row.
         unordered: The probability of the set, summed over orders. Only in the reference backend so
             far.
-        backend: "auto", "torch" or "reference".
+        backend: As in `routed_lora`.
 
     Returns:
         [...] in fp32 (fp64 for fp64 logits), differentiable in logits with a closed-form gradient.
@@ -200,47 +236,45 @@ def selection_log_prob(
             f"top_k_index is {list(top_k_index.shape)} and logits {list(logits.shape)}: all but "
             "the last dimension must agree"
         )
-    if resolve_backend(backend, logits) == "reference":
+    name = resolve_backend(backend, logits)
+    if name == "reference":
         z = logits if logits.dtype == torch.float64 else logits.float()
         return reference.selection_log_prob_ref(z, top_k_index, unordered=unordered)
     if unordered:
         raise ValueError(
-            "unordered=True is not available in the torch backend of this version; use "
+            f"unordered=True is not available in the {name} backend of this version; use "
             "unordered=False, or backend='reference' for small inputs"
         )
     n, k = logits.shape[-1], top_k_index.shape[-1]
-    log_prob = OrderedLogProb.apply(logits.reshape(-1, n), top_k_index.reshape(-1, k))
+    ordered = _triton_sampling()[1] if name == "triton" else OrderedLogProb.apply
+    log_prob = ordered(logits.reshape(-1, n), top_k_index.reshape(-1, k))
     return log_prob.view(logits.shape[:-1])
 
 
-def _run_torch(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor | float,
-    strategy: str,
-) -> Tensor:
-    """Flatten to rows and run one strategy."""
-    k, out = top_k_index.shape[-1], lora_B.shape[1]
-    shape = (*top_k_index.shape[:-1], out)
-    weights = top_k_weights
-    if isinstance(weights, Tensor):
-        weights = weights.reshape(-1, k)
-    rows, index = x.reshape(-1, x.shape[-1]), top_k_index.reshape(-1, k)
-    chosen = TORCH[resolve_strategy(strategy, index.shape[0], lora_A, lora_B, k)]
-    if base is not None:
-        base = base.reshape(-1, out)
-    if rows.shape[0] == 0:
-        # The sum of nothing, still attached to every input: gradients are zeros, not None.
-        zero = lora_A.sum() * 0 + lora_B.sum() * 0 + rows.sum().to(lora_A.dtype) * 0
-        if isinstance(weights, Tensor):
-            zero = zero + weights.sum() * 0
-        return (x.new_zeros(shape) + zero.to(x.dtype)) if base is None else base.view(shape) + zero
-    call = Call(rows, weight, bias, base, lora_A, lora_B, index, weights)
+def _run(call: Call, backend: str, strategy: str) -> Tensor:
+    """Flatten to rows and run one strategy of one backend."""
+    x, lora_B, k = call.x, call.lora_B, call.top_k_index.shape[-1]
+    shape = (*call.top_k_index.shape[:-1], lora_B.shape[1])
+    weights, base = call.top_k_weights, call.base
+    call = call._replace(
+        x=x.reshape(-1, x.shape[-1]),
+        base=None if base is None else base.reshape(-1, lora_B.shape[1]),
+        top_k_index=call.top_k_index.reshape(-1, k),
+        top_k_weights=weights.reshape(-1, k) if isinstance(weights, Tensor) else weights,
+    )
+    rows = call.top_k_index.shape[0]
+    name = resolve_strategy(strategy, rows, call.lora_A, lora_B, k, x.dtype)
+    if rows == 0:
+        return _no_rows(call).view(shape)
+    chosen = (triton_strategies() if backend == "triton" else TORCH)[name]
     with no_autocast(x.device):
-        y = Routed.apply(chosen, *call) if torch.is_grad_enabled() else chosen.forward(call)[0]
+        y = Routed.apply(chosen, *call) if torch.is_grad_enabled() else chosen.run(call)
     return y.view(shape)
+
+
+def _no_rows(call: Call) -> Tensor:
+    """The sum of nothing, still attached to every input: gradients are zeros, not None."""
+    inputs = (call.x, call.lora_A, call.lora_B, call.top_k_weights, call.base)
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    zero = sum(value.to(call.x.dtype).sum() * 0 for value in tensors)
+    return call.x.new_zeros(0, call.lora_B.shape[1]) + zero

@@ -42,24 +42,26 @@ def pack_b(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     return lora_B.to(dtype).transpose(1, 2).reshape(-1, lora_B.shape[1])
 
 
-def dense_fwd(call: Call) -> tuple[Tensor, Kept]:
-    """y [M T, out]; keeps mask [n, M T], H [n r, M T] and, for learned weights, A x [n r, T]."""
-    x, lora_B, weights = call.x, call.lora_B, call.top_k_weights
-    rows, n, r = x.shape[0], lora_B.shape[0], lora_B.shape[2]
-    m = call.top_k_index.shape[0] // rows
-    mask = selection_mask(call.top_k_index.long(), weights, n, x.dtype)
+def dense_prepare(call: Call, learned: bool) -> Kept:
+    """mask [n, M T], H [n r, M T] and, for learned weights, A x [n r, T]."""
+    x, n, r = call.x, call.lora_B.shape[0], call.lora_B.shape[2]
+    rows, m = x.shape[0], call.top_k_index.shape[0] // x.shape[0]
+    mask = selection_mask(call.top_k_index.long(), call.top_k_weights, n, x.dtype)
     shrunk = pack_a(call.lora_A, x.dtype) @ x.T
     masked = shrunk.view(-1, r, 1, rows) * mask.view(n, 1, m, rows)
-    hidden = masked.view(n * r, m * rows)
-    packed_b = pack_b(lora_B, x.dtype)
+    return Kept((mask, masked.view(n * r, m * rows), shrunk if learned else None))
+
+
+def dense_fwd(call: Call, kept: Kept) -> Tensor:
+    """y [M T, out]."""
+    hidden = kept.tensors[1]
+    assert hidden is not None
+    packed_b = pack_b(call.lora_B, call.x.dtype)
     if call.base is not None:
-        y = torch.addmm(call.base, hidden.T, packed_b)
-    elif call.weight is not None:
-        y = start_output(call).addmm_(hidden.T, packed_b)
-    else:
-        y = hidden.T @ packed_b
-    learned = isinstance(weights, Tensor) and weights.requires_grad
-    return y, Kept((mask, hidden, shrunk if learned else None))
+        return torch.addmm(call.base, hidden.T, packed_b)
+    if call.weight is not None:
+        return start_output(call).addmm_(hidden.T, packed_b)
+    return hidden.T @ packed_b
 
 
 def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
@@ -92,4 +94,4 @@ def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
     return Grads(dx, dlora_a, dlora_b, dweights)
 
 
-DENSE = Strategy(dense_fwd, dense_bwd)
+DENSE = Strategy(dense_prepare, dense_fwd, dense_bwd)

@@ -16,21 +16,25 @@ from torch import Tensor
 from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, frozen_dx, start_output
 
 
-def gather_fwd(call: Call) -> tuple[Tensor, Kept]:
-    """y [M T, out]; keeps the index as lists."""
+def gather_prepare(call: Call, learned: bool) -> Kept:
+    """The index as lists."""
+    return Kept(host=call.top_k_index.tolist())
+
+
+def gather_fwd(call: Call, kept: Kept) -> Tensor:
+    """y [M T, out]."""
     x, lora_A, lora_B = call.x, call.lora_A, call.lora_B
     scales = call.top_k_weights.tolist() if isinstance(call.top_k_weights, Tensor) else None
     scale: Any = call.top_k_weights
-    chosen = call.top_k_index.tolist()
     y = start_output(call)
-    for p, experts in enumerate(chosen):
+    for p, experts in enumerate(kept.host):
         row, out = x[p % x.shape[0]], y[p]
         for j, i in enumerate(experts):
             a, b = lora_A[0 if call.shared_a else i], lora_B[i]
             if a.dtype != x.dtype or b.dtype != x.dtype:
                 a, b = a.to(x.dtype), b.to(x.dtype)
             out.addmv_(b, a.mv(row), alpha=scale if scales is None else scales[p][j])
-    return y, Kept(host=chosen)
+    return y
 
 
 def gather_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
@@ -58,4 +62,4 @@ def gather_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
     return Grads(dx.to(x_dtype), dlora_a.to(lora_A.dtype), dlora_b.to(lora_B.dtype), dweights)
 
 
-GATHER = Strategy(gather_fwd, gather_bwd)
+GATHER = Strategy(gather_prepare, gather_fwd, gather_bwd)

@@ -49,27 +49,33 @@ def each_expert(offsets: list[int]) -> list[tuple[int, slice]]:
     return [(i, slice(low, high)) for i, (low, high) in enumerate(spans) if high > low]
 
 
-def grouped_fwd(call: Call) -> tuple[Tensor, Kept]:
-    """y [M T, out]; keeps A x of every pair [P, r] and the sorted pairs."""
-    x, lora_B = call.x, call.lora_B
-    pairs = sort_pairs(call.top_k_index, x.shape[0], lora_B.shape[0])
-    y = start_output(call)
-    shrunk = x.new_empty(call.top_k_index.numel(), lora_B.shape[2])
-    scale = _sorted_weights(call.top_k_weights, pairs, x.dtype)
+def grouped_prepare(call: Call, learned: bool) -> Kept:
+    """A x of every pair [P, r], and the sorted pairs."""
+    x = call.x
+    pairs = sort_pairs(call.top_k_index, x.shape[0], call.lora_B.shape[0])
+    shrunk = x.new_empty(call.top_k_index.numel(), call.lora_B.shape[2])
     for i, span in each_expert(pairs.offsets):
         a = call.lora_A[0 if call.shared_a else i].to(x.dtype)
         torch.mm(x.index_select(0, pairs.x_rows[span]), a.T, out=shrunk[span])
+    return Kept((shrunk, pairs.order, pairs.x_rows, pairs.y_rows), pairs.offsets)
+
+
+def grouped_fwd(call: Call, kept: Kept) -> Tensor:
+    """y [M T, out]."""
+    shrunk, pairs = _kept(kept)
+    scale = _sorted_weights(call.top_k_weights, pairs, call.x.dtype)
+    y = start_output(call)
+    for i, span in each_expert(pairs.offsets):
         hidden = shrunk[span] * _at(scale, span)
-        y.index_add_(0, pairs.y_rows[span], hidden @ lora_B[i].to(x.dtype).T)
-    return y, Kept((shrunk, pairs.order, pairs.x_rows, pairs.y_rows), pairs.offsets)
+        y.index_add_(0, pairs.y_rows[span], hidden @ call.lora_B[i].to(y.dtype).T)
+    return y
 
 
 def grouped_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
     """dy [M T, out] -> the gradients that are needed."""
     x, lora_A, lora_B = call.x, call.lora_A, call.lora_B
-    shrunk, order, x_rows, y_rows = kept.tensors
-    assert shrunk is not None and order is not None and x_rows is not None and y_rows is not None
-    pairs = Pairs(order, x_rows, y_rows, kept.host)
+    shrunk, pairs = _kept(kept)
+    order, x_rows, y_rows, _ = pairs
     scale = _sorted_weights(call.top_k_weights, pairs, x.dtype)
     sum_dtype = torch.promote_types(lora_A.dtype, x.dtype)
     dlora_a = torch.zeros_like(lora_A, dtype=sum_dtype) if need.lora_A else None
@@ -109,7 +115,13 @@ def grouped_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
     return Grads(dx, dlora_a, dlora_b, dweights)
 
 
-GROUPED = Strategy(grouped_fwd, grouped_bwd)
+GROUPED = Strategy(grouped_prepare, grouped_fwd, grouped_bwd)
+
+
+def _kept(kept: Kept) -> tuple[Tensor, Pairs]:
+    shrunk, order, x_rows, y_rows = kept.tensors
+    assert shrunk is not None and order is not None and x_rows is not None and y_rows is not None
+    return shrunk, Pairs(order, x_rows, y_rows, kept.host)
 
 
 def _sorted_weights(weights: Tensor | float, pairs: Pairs, dtype: torch.dtype) -> Tensor | float:

@@ -58,6 +58,16 @@ def log_prob_grad(z: Tensor, index: Tensor, step_lse: Tensor) -> Tensor:
     return grad.scatter_add_(1, index, torch.ones_like(step_lse))
 
 
+def log_prob_bwd(
+    logits: Tensor, index: Tensor, grad: Tensor, step_lse: Tensor | None = None
+) -> Tensor:
+    """dlogits [T, n] from logits [T, n], index [T, k], grad [T] and, where kept, L [T, k]."""
+    z, index = logits if logits.dtype == torch.float64 else logits.float(), index.long()
+    if step_lse is None:
+        step_lse = step_logsumexp(z, index)[1]
+    return (log_prob_grad(z, index, step_lse) * grad.unsqueeze(1)).to(logits.dtype)
+
+
 class OrderedLogProb(torch.autograd.Function):
     """log Q of an ordered selection with the gradient in closed form."""
 
@@ -73,5 +83,4 @@ class OrderedLogProb(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, index, step_lse = ctx.saved_tensors
-        dz = log_prob_grad(logits.to(step_lse.dtype), index, step_lse) * grad.unsqueeze(1)
-        return dz.to(logits.dtype), None
+        return log_prob_bwd(logits, index, grad, step_lse), None

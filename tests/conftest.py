@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(2)
+
+# Without a GPU the Triton kernels run in the interpreter, which has to be known before triton is
+# imported. Set here rather than in a fixture for that reason.
+if not torch.cuda.is_available():
+    assert "triton" not in sys.modules
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,6 +53,13 @@ def no_remix_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's own settings decide nothing here."""
     for name in ("REMIX_BACKEND", "REMIX_STRICT"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def strict_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip where there is no Triton; a kernel that fails there raises."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("REMIX_STRICT", "1")
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ STRATEGIES = list(TORCH)
 def chosen(T: int, in_features: int, out_features: int, n: int, k: int, r: int) -> str:
     lora_A = torch.empty(n, r, in_features, device="meta")
     lora_B = torch.empty(n, out_features, r, device="meta")
-    return resolve_strategy("auto", T, lora_A, lora_B, k)
+    return resolve_strategy("auto", T, lora_A, lora_B, k, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,9 @@ def test_auto_is_what_the_cost_model_says() -> None:
     for case in (Case(T=2048, n=8, k=4), Case(T=256, n=64, r=64)):
         inputs, _ = make_inputs(case, torch.float32, "cpu")
         inputs["x"].requires_grad_()
-        expected = resolve_strategy("auto", case.T, inputs["lora_A"], inputs["lora_B"], case.k)
+        expected = resolve_strategy(
+            "auto", case.T, inputs["lora_A"], inputs["lora_B"], case.k, torch.float32
+        )
         assert ran(routed_lora(**inputs)) == expected
 
 
@@ -157,7 +159,7 @@ def test_an_accelerator_is_not_judged_by_a_processors_constants(
     cuda = torch.device("cuda")
     lora_A = SimpleNamespace(shape=(n, r, in_features), device=cuda)
     lora_B = SimpleNamespace(shape=(n, out_features, r), device=cuda)
-    assert resolve_strategy("auto", T, lora_A, lora_B, k) == right  # type: ignore[arg-type]
+    assert resolve_strategy("auto", T, lora_A, lora_B, k, torch.float32) == right  # type: ignore[arg-type]
 
 
 def test_auto_compiles_with_dynamic_shapes() -> None:

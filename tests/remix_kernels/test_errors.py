@@ -198,6 +198,12 @@ def test_selection_log_prob(changes: dict[str, Any], message: str) -> None:
     check(selection_log_prob, {**valid, **changes}, message)
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a user's machine without a GPU."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
 def test_check_false_trusts_the_caller() -> None:
     """For tensors that are known to be right; names are still checked."""
     twice = rows(*[[0, 1]] * 5, [3, 3])

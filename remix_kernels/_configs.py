@@ -1,0 +1,140 @@
+"""One block configuration per (kernel, architecture, shape bucket), and which GEMM runs.
+
+The numbers were chosen by ahead-of-time compilation (registers, spills, shared memory:
+`python -m benchmarks.compile_report`), not by timing: no GPU has measured them yet. An architecture
+that is not listed gets those of sm_80, which fit everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+import triton
+
+from remix_kernels._triton import INTERPRET, padded
+
+Config = dict[str, int]
+
+
+def arch(device: torch.device) -> str:
+    """sm_80, sm_90, sm_100, gfx942, ... or "interpreter"."""
+    if device.type != "cuda":
+        return "interpreter" if INTERPRET else "sm_80"
+    return _arch_of(device.index or 0)
+
+
+@functools.lru_cache(maxsize=16)
+def _arch_of(index: int) -> str:
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{10 * major + minor}"
+
+
+def own_gemm() -> bool:
+    """Whether routed_linear's frozen product runs in our K-extended kernel rather than in cuBLAS.
+
+    REMIX_GEMM=triton asks for it: then a row's result does not depend on the other rows of the
+    batch, bit for bit. cuBLAS is the default until a GPU has shown where ours is faster.
+    """
+    choice = os.environ.get("REMIX_GEMM", "torch")
+    if choice not in ("torch", "triton"):
+        raise ValueError(f"REMIX_GEMM={choice!r} is unknown; choose torch or triton")
+    return choice == "triton"
+
+
+def shrink(where: str, itemsize: int, columns: int) -> Config:
+    """A few columns of a long product: x A^T, dy B."""
+    if where == "interpreter":
+        return {"BLOCK_M": 32, "BLOCK_R": min(32, padded(columns)), "BLOCK_K": 32}
+    block_r = min(64 if itemsize == 4 else 128, padded(columns))
+    return {
+        "BLOCK_M": 64,
+        "BLOCK_R": block_r,
+        "BLOCK_K": 32 if itemsize == 4 else 64,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def expand(where: str, itemsize: int, inner: int, fused: bool) -> Config:
+    """A tile of y: the low-rank columns, after the frozen GEMM's where that is fused."""
+    if where == "interpreter":
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_R": 16, "GROUP_M": 2}
+    block_r = min(32 if itemsize == 4 else 64, padded(inner))
+    if itemsize == 4:
+        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4}
+    elif fused and where in ("sm_90", "sm_100"):
+        tile = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8}
+    else:
+        tile = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8}
+    return {**tile, "BLOCK_R": block_r, "GROUP_M": 8, "num_stages": 3}
+
+
+def gram(where: str, itemsize: int, columns: int) -> Config:
+    """A few rows of a product over T: dA, dB."""
+    if where == "interpreter":
+        return {"BLOCK_R": min(32, padded(columns)), "BLOCK_N": 32, "BLOCK_M": 32}
+    return {
+        "BLOCK_R": min(64, padded(columns)),
+        "BLOCK_N": 128,
+        "BLOCK_M": 32,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def grouped_shrink(where: str, itemsize: int, rank: int) -> Config:
+    """One expert's pairs times its A (or B)."""
+    if where == "interpreter":
+        return {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_K": 32}
+    return {
+        "BLOCK_M": 64,
+        "BLOCK_R": min(64 if itemsize == 4 else 128, padded(rank)),
+        "BLOCK_K": 32 if itemsize == 4 else 64,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def grouped_expand(where: str, itemsize: int, rank: int) -> Config:
+    """One expert's rank-sized pairs to a tile of y."""
+    if where == "interpreter":
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16}
+    return {
+        "BLOCK_M": 64,
+        "BLOCK_N": 64 if itemsize == 4 else 128,
+        "BLOCK_R": min(32 if itemsize == 4 else 64, padded(rank)),
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def grouped_gram(where: str, itemsize: int, rank: int) -> Config:
+    """One expert's chunk of pairs to rank rows of dA or dB."""
+    if where == "interpreter":
+        return {"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_M": 16, "CHUNK": 32}
+    return {
+        "BLOCK_R": min(64, padded(rank)),
+        "BLOCK_N": 128,
+        "BLOCK_M": 32,
+        "CHUNK": 4096,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def gather_shrink(where: str, rank: int) -> Config:
+    """A few ranks of one expert for one row."""
+    if where == "interpreter":
+        return {"BLOCK_R": 2, "BLOCK_K": 32}
+    return {"BLOCK_R": min(4, triton.next_power_of_2(rank)), "BLOCK_K": 512, "num_warps": 4}
+
+
+def gather_expand(where: str, rank: int) -> Config:
+    """A tile of one row of y."""
+    if where == "interpreter":
+        return {"BLOCK_N": 32, "BLOCK_R": 4}
+    return {"BLOCK_N": 256, "BLOCK_R": min(16, triton.next_power_of_2(rank)), "num_warps": 4}

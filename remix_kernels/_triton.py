@@ -1,0 +1,44 @@
+"""What the kernels share on the device side, and how they multiply.
+
+The interpreter multiplies bf16 tiles wrongly, so there, and only there, operands are widened to
+fp32 first. Everywhere else tiles are multiplied in their own dtype and summed in fp32.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in fp32."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def swizzled_pid(num_m, num_n, GROUP_M: tl.constexpr):
+    """(pid_m, pid_n) of a one-dimensional grid, so that neighbours share operands in L2."""
+    pid = tl.program_id(0)
+    in_group = GROUP_M * num_n
+    first_m = (pid // in_group) * GROUP_M
+    rows = min(num_m - first_m, GROUP_M)
+    return first_m + (pid % in_group) % rows, (pid % in_group) // rows
+
+
+def precision() -> str:
+    """How fp32 tiles are multiplied: exactly, unless tf32 was asked of torch."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The power of two that holds `size`; tensor cores want 16."""
+    return max(least, triton.next_power_of_2(size))

@@ -1,0 +1,643 @@
+"""Dense strategy in Triton: all n experts along the rank axis, the selection as a mask.
+
+    S = x A_all^T                    [T, R], R = n r
+    H = S * mask                     [M T, R], mask[p, i r + rho] = w[p, j] where index[p, j] = i
+    y = x W^T + b + H B_all          [M T, out]: R more columns of K
+
+    dH = dy B_all^T                  dS = sum over m of dH * mask          [T, R]
+    dB_all = H^T dy                  dA_all = dS^T x
+    dx = (sum over m of dy) W + dS A_all
+    dw[p, j] = sum over rho of dH S at expert index[p, j]                  learned weights only:
+                                                                           dH and S kept in fp32
+
+No sort, no padding, no atomics. The mask is made in the epilogue of the shrink from the k indices
+of a row, so that it is never in memory, and x is read once for all n experts and all M selections.
+Sums over rows run in planes of T, added in a fixed order: the same bits on every run, and a row's y
+does not depend on the other rows.
+
+Bytes (s an element; R in one block; tiles of x, dy and H are read once, those of A and B once a row
+block, out of L2):
+
+    shrink   s (T in + R in + M T R) + i M T k          FLOPs 2 T R in
+    expand   s (M T R + R out + 2 M T out)              2 M T R out       (y is read and written)
+    dH       s (M T out + R out + T R) + i M T k        2 M T R out
+    dB, dA   s (M T R + M T out + R out)                2 M T R out       (dA likewise with in)
+             and 8 R out a plane but the first
+
+The floor is the same sum without the second reading of y: y once, each input once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from remix_kernels import _configs
+from remix_kernels._launch import launch
+from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, frozen_dx, start_output
+from remix_kernels._triton import dot, precision, swizzled_pid
+
+_PLANE_ROWS = 4096  # rows summed by one program of the Gram kernel, at least
+
+
+@triton.jit
+def _mask(
+    index_ptr,  # [P, top_k]
+    weights_ptr,  # [P, top_k], when HAS_WEIGHTS
+    rows,  # [BLOCK_M] int64
+    mask_m,
+    expert,  # [BLOCK_R]
+    scale,
+    TOP_K: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The weight of each column's expert in each row, fp32 [BLOCK_M, BLOCK_R]; 0: not chosen."""
+    mask = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for j in range(TOP_K):
+        chosen = tl.load(index_ptr + rows * TOP_K + j, mask=mask_m, other=0).to(tl.int32)
+        hit = chosen[:, None] == expert[None, :]
+        if HAS_WEIGHTS:
+            w = tl.load(weights_ptr + rows * TOP_K + j, mask=mask_m, other=0.0).to(tl.float32)
+            mask += tl.where(hit, w[:, None], 0.0)
+        else:
+            mask += tl.where(hit, scale, 0.0)
+    return mask
+
+
+@triton.jit
+def _dense_fwd_shrink_kernel(
+    x_ptr,  # [T, K_IN]
+    a_ptr,  # [n, r, K_IN] by strides
+    index_ptr,  # [M T, top_k]
+    weights_ptr,  # [M T, top_k]
+    h_ptr,  # [M T, R], out
+    s_ptr,  # [T, R] fp32, out when KEEP_S
+    T,
+    K_IN,
+    R,
+    rank,
+    num_selections,
+    scale,
+    stride_xm,
+    stride_xk,
+    stride_an,
+    stride_ar,
+    stride_ak,
+    TOP_K: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    KEEP_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_m, mask_r = offs_m < T, offs_r < R
+    expert = offs_r // rank
+    x_rows = x_ptr + offs_m * stride_xm
+    a_rows = a_ptr + expert.to(tl.int64) * stride_an + (offs_r % rank).to(tl.int64) * stride_ar
+    acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for start in range(0, K_IN, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K_IN
+        k = offs_k.to(tl.int64)
+        x = tl.load(
+            x_rows[:, None] + k[None, :] * stride_xk,
+            mask=mask_m[:, None] & mask_k[None, :],
+            other=0.0,
+        )
+        a = tl.load(
+            a_rows[None, :] + k[:, None] * stride_ak,
+            mask=mask_r[None, :] & mask_k[:, None],
+            other=0.0,
+        )
+        acc = dot(x, a.to(x.dtype), acc, PRECISION)
+    out_mask = mask_m[:, None] & mask_r[None, :]
+    if KEEP_S:
+        s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
+        tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=out_mask)
+    for m in range(num_selections):
+        rows = offs_m + m * tl.cast(T, tl.int64)
+        w = _mask(
+            index_ptr,
+            weights_ptr,
+            rows,
+            mask_m,
+            expert,
+            scale,
+            TOP_K,
+            HAS_WEIGHTS,
+            BLOCK_M,
+            BLOCK_R,
+        )
+        h_ptrs = h_ptr + rows[:, None] * R + offs_r[None, :]
+        tl.store(h_ptrs, (acc * w).to(h_ptr.dtype.element_ty), mask=out_mask)
+
+
+@triton.jit
+def _dense_fwd_expand_kernel(
+    x_ptr,  # [P, K_IN], when HAS_FROZEN
+    w_ptr,  # [N_OUT, K_IN] by strides, when HAS_FROZEN
+    bias_ptr,  # [N_OUT], when HAS_BIAS
+    base_ptr,  # [BASE_ROWS, N_OUT], when HAS_BASE; row p reads row p % BASE_ROWS
+    h_ptr,  # [P, R]
+    b_ptr,  # [n, N_OUT, r] by strides
+    y_ptr,  # [P, N_OUT], out; may be base
+    P,
+    K_IN,
+    N_OUT,
+    R,
+    rank,
+    BASE_ROWS,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_basem,
+    stride_basen,
+    stride_bn,
+    stride_bo,
+    stride_br,
+    HAS_FROZEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    pid_m, pid_n = swizzled_pid(tl.cdiv(P, BLOCK_M), tl.cdiv(N_OUT, BLOCK_N), GROUP_M)
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < P, offs_n < N_OUT
+    n = offs_n.to(tl.int64)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    if HAS_FROZEN:
+        x_rows, w_rows = x_ptr + offs_m * stride_xm, w_ptr + n * stride_wn
+        for start in range(0, K_IN, BLOCK_K):
+            offs_k = start + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < K_IN
+            k = offs_k.to(tl.int64)
+            x = tl.load(
+                x_rows[:, None] + k[None, :] * stride_xk,
+                mask=mask_m[:, None] & mask_k[None, :],
+                other=0.0,
+            )
+            w = tl.load(
+                w_rows[None, :] + k[:, None] * stride_wk,
+                mask=mask_n[None, :] & mask_k[:, None],
+                other=0.0,
+            )
+            acc = dot(x, w.to(x.dtype), acc, PRECISION)
+    h_rows, b_cols = h_ptr + offs_m * R, b_ptr + n * stride_bo
+    for start in range(0, R, BLOCK_R):
+        offs_r = start + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        expert = (offs_r // rank).to(tl.int64)
+        b_rows = expert * stride_bn + (offs_r % rank).to(tl.int64) * stride_br
+        h = tl.load(
+            h_rows[:, None] + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0
+        )
+        b = tl.load(
+            b_cols[None, :] + b_rows[:, None], mask=mask_r[:, None] & mask_n[None, :], other=0.0
+        )
+        acc = dot(h, b.to(h.dtype), acc, PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_mask = mask_m[:, None] & mask_n[None, :]
+    if HAS_BASE:
+        base_rows = (offs_m % BASE_ROWS) * stride_basem
+        base_ptrs = base_ptr + base_rows[:, None] + n[None, :] * stride_basen
+        acc += tl.load(base_ptrs, mask=y_mask, other=0.0).to(tl.float32)
+    y_ptrs = y_ptr + offs_m[:, None] * N_OUT + offs_n[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit
+def _dense_bwd_dh_kernel(
+    dy_ptr,  # [M T, N_OUT] by strides
+    b_ptr,  # [n, N_OUT, r] by strides
+    index_ptr,  # [M T, top_k]
+    weights_ptr,  # [M T, top_k]
+    ds_ptr,  # [T, R], out
+    dh_ptr,  # [M T, R] fp32, out when KEEP_DH
+    T,
+    N_OUT,
+    R,
+    rank,
+    num_selections,
+    scale,
+    stride_dym,
+    stride_dyn,
+    stride_bn,
+    stride_bo,
+    stride_br,
+    TOP_K: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    KEEP_DH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_m, mask_r = offs_m < T, offs_r < R
+    out_mask = mask_m[:, None] & mask_r[None, :]
+    expert = offs_r // rank
+    b_rows = b_ptr + expert.to(tl.int64) * stride_bn + (offs_r % rank).to(tl.int64) * stride_br
+    ds = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for m in range(num_selections):
+        rows = offs_m + m * tl.cast(T, tl.int64)
+        dy_rows = dy_ptr + rows * stride_dym
+        acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+        for start in range(0, N_OUT, BLOCK_K):
+            offs_n = start + tl.arange(0, BLOCK_K)
+            mask_n = offs_n < N_OUT
+            n = offs_n.to(tl.int64)
+            dy = tl.load(
+                dy_rows[:, None] + n[None, :] * stride_dyn,
+                mask=mask_m[:, None] & mask_n[None, :],
+                other=0.0,
+            )
+            b = tl.load(
+                b_rows[None, :] + n[:, None] * stride_bo,
+                mask=mask_r[None, :] & mask_n[:, None],
+                other=0.0,
+            )
+            acc = dot(dy, b.to(dy.dtype), acc, PRECISION)
+        if KEEP_DH:
+            dh_ptrs = dh_ptr + rows[:, None] * R + offs_r[None, :]
+            tl.store(dh_ptrs, acc.to(dh_ptr.dtype.element_ty), mask=out_mask)
+        ds += acc * _mask(
+            index_ptr,
+            weights_ptr,
+            rows,
+            mask_m,
+            expert,
+            scale,
+            TOP_K,
+            HAS_WEIGHTS,
+            BLOCK_M,
+            BLOCK_R,
+        )
+    ds_ptrs = ds_ptr + offs_m[:, None] * R + offs_r[None, :]
+    tl.store(ds_ptrs, ds.to(ds_ptr.dtype.element_ty), mask=out_mask)
+
+
+@triton.jit
+def _dense_bwd_gram_kernel(
+    u_ptr,  # [P, R]
+    v_ptr,  # [P, D] by strides
+    g_ptr,  # [planes, R, D], out: the sum over each plane's rows of u^T v
+    P,
+    R,
+    D,
+    plane_rows,
+    stride_vm,
+    stride_vn,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    plane = tl.program_id(2).to(tl.int64)
+    mask_r, mask_n = offs_r < R, offs_n < D
+    n = offs_n.to(tl.int64)
+    first = plane * plane_rows
+    last = tl.minimum(first + plane_rows, P)
+    acc = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
+    for start in range(first, last, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        mask_m = rows < last
+        u = tl.load(
+            u_ptr + rows[None, :] * R + offs_r[:, None],
+            mask=mask_r[:, None] & mask_m[None, :],
+            other=0.0,
+        )
+        v = tl.load(
+            v_ptr + rows[:, None] * stride_vm + n[None, :] * stride_vn,
+            mask=mask_m[:, None] & mask_n[None, :],
+            other=0.0,
+        )
+        acc = dot(u, v, acc, PRECISION)
+    g_ptrs = g_ptr + (plane * R + offs_r[:, None]) * D + n[None, :]
+    tl.store(g_ptrs, acc.to(g_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_n[None, :])
+
+
+@triton.jit
+def _dense_bwd_sum_kernel(
+    planes_ptr,  # [planes, SIZE] fp32
+    g_ptr,  # [SIZE], out
+    SIZE,
+    num_planes,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < SIZE
+    acc = tl.zeros([BLOCK], dtype=tl.float32)
+    for plane in range(num_planes):
+        acc += tl.load(planes_ptr + plane * tl.cast(SIZE, tl.int64) + offs, mask=mask, other=0.0)
+    tl.store(g_ptr + offs, acc.to(g_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dense_bwd_dweights_kernel(
+    dh_ptr,  # [M T, R] fp32
+    s_ptr,  # [T, R] fp32
+    index_ptr,  # [M T, top_k]
+    dweights_ptr,  # [M T, top_k], out
+    P,
+    T,
+    R,
+    rank,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = rows < P
+    for j in range(TOP_K):
+        chosen = tl.load(index_ptr + rows * TOP_K + j, mask=mask_m, other=0).to(tl.int64)
+        acc = tl.zeros([BLOCK_M], dtype=tl.float32)
+        for start in range(0, rank, BLOCK_R):
+            offs_r = start + tl.arange(0, BLOCK_R)
+            mask = mask_m[:, None] & (offs_r < rank)[None, :]
+            columns = (chosen * rank)[:, None] + offs_r[None, :]
+            dh = tl.load(dh_ptr + rows[:, None] * R + columns, mask=mask, other=0.0)
+            s = tl.load(s_ptr + (rows % T)[:, None] * R + columns, mask=mask, other=0.0)
+            acc += tl.sum(dh.to(tl.float32) * s.to(tl.float32), axis=1)
+        out = acc.to(dweights_ptr.dtype.element_ty)
+        tl.store(dweights_ptr + rows * TOP_K + j, out, mask=mask_m)
+
+
+def dense_prepare(call: Call, learned: bool) -> Kept:
+    """H [M T, R] and, for learned weights, S [T, R]."""
+    x, lora_A = call.x, _all_a(call)
+    rows, P = x.shape[0], call.top_k_index.shape[0]
+    n, r = lora_A.shape[:2]
+    index, weights, scale = _selection(call)
+    hidden = x.new_empty(P, n * r)
+    shrunk = x.new_empty(rows, n * r, dtype=torch.float32) if learned else None
+    config = _configs.shrink(_configs.arch(x.device), x.element_size(), n * r)
+    launch(
+        _dense_fwd_shrink_kernel,
+        (triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n * r, config["BLOCK_R"])),
+        x_ptr=x,
+        a_ptr=lora_A,
+        index_ptr=index,
+        weights_ptr=index if weights is None else weights,
+        h_ptr=hidden,
+        s_ptr=hidden if shrunk is None else shrunk,
+        T=rows,
+        K_IN=x.shape[1],
+        R=n * r,
+        rank=r,
+        num_selections=P // rows,
+        scale=scale,
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_an=lora_A.stride(0),
+        stride_ar=lora_A.stride(1),
+        stride_ak=lora_A.stride(2),
+        TOP_K=index.shape[1],
+        HAS_WEIGHTS=weights is not None,
+        KEEP_S=shrunk is not None,
+        PRECISION=precision(),
+        **config,
+    )
+    return Kept((hidden, shrunk))
+
+
+def dense_fwd(call: Call, kept: Kept) -> Tensor:
+    """y [M T, out]."""
+    x, lora_B, index, hidden = call.x, call.lora_B, call.top_k_index, kept.tensors[0]
+    assert hidden is not None
+    rows, P, out = x.shape[0], index.shape[0], lora_B.shape[1]
+    y = x.new_empty(P, out)
+    fused = call.weight is not None and index.shape[0] == rows and _configs.own_gemm()
+    base = call.base
+    if call.weight is not None and not fused:
+        base = start_output(call._replace(top_k_index=index[:rows]))
+        y = base if base.shape == y.shape else y
+    expand(
+        hidden,
+        lora_B,
+        y,
+        base=base,
+        x=x if fused else None,
+        weight=call.weight if fused else None,
+        bias=call.bias if fused else None,
+    )
+    return y
+
+
+def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
+    """dy [M T, out] -> the gradients that are needed."""
+    x, lora_A, lora_B = call.x, _all_a(call), call.lora_B
+    hidden, shrunk = kept.tensors
+    assert hidden is not None
+    rows, (n, out, r), P = x.shape[0], lora_B.shape, dy.shape[0]
+    where = _configs.arch(x.device)
+    dx = dlora_a = dlora_b = dweights = None
+    if need.lora_B:
+        dlora_b = gram(hidden, dy, lora_B.dtype).view(n, r, out).transpose(1, 2)
+    if not (need.x or need.lora_A or need.weights):
+        return Grads(lora_B=dlora_b)
+    index, weights, scale = _selection(call)
+    dshrunk = x.new_empty(rows, n * r)
+    dhidden = x.new_empty(P, n * r, dtype=torch.float32) if need.weights else None
+    config = _configs.shrink(where, x.element_size(), n * r)
+    launch(
+        _dense_bwd_dh_kernel,
+        (triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n * r, config["BLOCK_R"])),
+        dy_ptr=dy,
+        b_ptr=lora_B,
+        index_ptr=index,
+        weights_ptr=index if weights is None else weights,
+        ds_ptr=dshrunk,
+        dh_ptr=dshrunk if dhidden is None else dhidden,
+        T=rows,
+        N_OUT=out,
+        R=n * r,
+        rank=r,
+        num_selections=P // rows,
+        scale=scale,
+        stride_dym=dy.stride(0),
+        stride_dyn=dy.stride(1),
+        stride_bn=lora_B.stride(0),
+        stride_bo=lora_B.stride(1),
+        stride_br=lora_B.stride(2),
+        TOP_K=index.shape[1],
+        HAS_WEIGHTS=weights is not None,
+        KEEP_DH=dhidden is not None,
+        PRECISION=precision(),
+        **config,
+    )
+    if dhidden is not None:
+        assert shrunk is not None and weights is not None
+        dweights = torch.empty_like(weights)
+        launch(
+            _dense_bwd_dweights_kernel,
+            (triton.cdiv(P, 32),),
+            dh_ptr=dhidden,
+            s_ptr=shrunk,
+            index_ptr=index,
+            dweights_ptr=dweights,
+            P=P,
+            T=rows,
+            R=n * r,
+            rank=r,
+            TOP_K=index.shape[1],
+            BLOCK_M=32,
+            BLOCK_R=16,
+        )
+    if need.lora_A:
+        wide = torch.float32 if call.shared_a else call.lora_A.dtype
+        dlora_a = gram(dshrunk, x, wide).view(n, r, -1)
+        if call.shared_a:
+            dlora_a = dlora_a.sum(0, keepdim=True).to(call.lora_A.dtype)
+    if need.x:
+        dx = dense_dx(call, dy, dshrunk, lora_A)
+    return Grads(dx, dlora_a, dlora_b, dweights)
+
+
+DENSE = Strategy(dense_prepare, dense_fwd, dense_bwd)
+
+
+def dense_dx(call: Call, dy: Tensor, dshrunk: Tensor, lora_A: Tensor) -> Tensor:
+    """(sum over m of dy) W + dS A_all, [T, in]."""
+    x, weight = call.x, call.weight
+    summed = dy if dy.shape[0] == x.shape[0] else dy.view(-1, x.shape[0], dy.shape[1]).sum(0)
+    columns = lora_A.transpose(1, 2)  # [n, in, r], as B is [n, out, r]
+    if weight is not None and _configs.own_gemm():
+        dx = x.new_empty(x.shape)
+        expand(dshrunk, columns, dx, x=summed, weight=weight.T)
+    elif weight is not None:
+        dx = frozen_dx(call, summed)
+        expand(dshrunk, columns, dx, base=dx)
+    else:
+        dx = x.new_empty(x.shape)
+        expand(dshrunk, columns, dx)
+    return dx
+
+
+def expand(
+    hidden: Tensor,
+    lora_B: Tensor,
+    y: Tensor,
+    *,
+    base: Tensor | None = None,
+    x: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """y = x W^T + b + base + H B_all, each where given; base may be y itself.
+
+    Args:
+        hidden: H [P, R].
+        lora_B: [n, out, r], any strides.
+        y: [P, out], written.
+        base: [P or T, out]; row p of y reads row p mod T.
+        x: [P, in].
+        weight: [out, in], any strides.
+        bias: [out].
+    """
+    P, R = hidden.shape
+    out = y.shape[1]
+    fused = x is not None and weight is not None
+    first, second = (x, weight) if fused else (hidden, hidden)
+    assert first is not None and second is not None
+    start = y if base is None else base
+    config = _configs.expand(_configs.arch(y.device), y.element_size(), R, fused)
+    launch(
+        _dense_fwd_expand_kernel,
+        (triton.cdiv(P, config["BLOCK_M"]) * triton.cdiv(out, config["BLOCK_N"]),),
+        x_ptr=first,
+        w_ptr=second,
+        bias_ptr=hidden if bias is None else bias,
+        base_ptr=start,
+        h_ptr=hidden,
+        b_ptr=lora_B,
+        y_ptr=y,
+        P=P,
+        K_IN=first.shape[1] if fused else 0,
+        N_OUT=out,
+        R=R,
+        rank=lora_B.shape[2],
+        BASE_ROWS=start.shape[0],
+        stride_xm=first.stride(0),
+        stride_xk=first.stride(1),
+        stride_wn=second.stride(0),
+        stride_wk=second.stride(1),
+        stride_basem=start.stride(0),
+        stride_basen=start.stride(1),
+        stride_bn=lora_B.stride(0),
+        stride_bo=lora_B.stride(1),
+        stride_br=lora_B.stride(2),
+        HAS_FROZEN=fused,
+        HAS_BIAS=bias is not None,
+        HAS_BASE=base is not None,
+        PRECISION=precision(),
+        **config,
+    )
+
+
+def gram(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """u^T v, [R, D] in `dtype`. u [P, R], v [P, D]: over planes of rows, added in order."""
+    P, R, D = *u.shape, v.shape[1]
+    config = _configs.gram(_configs.arch(u.device), u.element_size(), R)
+    plane_rows = max(config["BLOCK_M"] * 2 if _configs.INTERPRET else _PLANE_ROWS, 1)
+    planes = triton.cdiv(P, plane_rows)
+    result = torch.empty(R, D, dtype=dtype, device=u.device)
+    parts = (
+        result if planes == 1 else torch.empty(planes, R, D, dtype=torch.float32, device=u.device)
+    )
+    launch(
+        _dense_bwd_gram_kernel,
+        (triton.cdiv(R, config["BLOCK_R"]), triton.cdiv(D, config["BLOCK_N"]), planes),
+        u_ptr=u,
+        v_ptr=v,
+        g_ptr=parts,
+        P=P,
+        R=R,
+        D=D,
+        plane_rows=plane_rows,
+        stride_vm=v.stride(0),
+        stride_vn=v.stride(1),
+        PRECISION=precision(),
+        **config,
+    )
+    if planes > 1:
+        launch(
+            _dense_bwd_sum_kernel,
+            (triton.cdiv(R * D, 1024),),
+            planes_ptr=parts,
+            g_ptr=result,
+            SIZE=R * D,
+            num_planes=planes,
+            BLOCK=1024,
+        )
+    return result
+
+
+def _all_a(call: Call) -> Tensor:
+    """[n, r, in]; a shared A is repeated by its stride, not in memory."""
+    return call.lora_A.expand(call.lora_B.shape[0], -1, -1) if call.shared_a else call.lora_A
+
+
+def _selection(call: Call) -> tuple[Tensor, Tensor | None, float]:
+    """(index, tensor weights or None, the number that they are otherwise)."""
+    index = call.top_k_index.contiguous()
+    if isinstance(call.top_k_weights, Tensor):
+        return index, call.top_k_weights.contiguous(), 0.0
+    return index, None, float(call.top_k_weights)

@@ -1,0 +1,584 @@
+"""Grouped strategy in Triton: (row, slot) pairs sorted by expert, each expert's in small GEMMs.
+
+Pairs are sorted by (expert, slot), on the device: group g = expert * top_k + slot owns the sorted
+positions offsets[g] : offsets[g + 1]. An expert's pairs are contiguous, and so are, within them,
+those of each slot. With q a sorted position, p its row of y, t its row of x and i its expert:
+
+    S[q] = A_i x[t]                  H[q] = w[q] S[q]
+    y[p] = base[p] + sum over slots j, in order, of B_i H[q]
+    dH[q] = dy[p] B_i                dS[q] = w[q] dH[q],   dw[q] = dH[q] . S[q]
+    dA_i = sum over q of dS[q] x[t]^T,     dB_i = sum over q of dy[p] H[q]^T
+    dx[t] = sum over slots, in order, of dS[q] A_i
+
+y and dx are written in k passes, one a slot: in a pass every row is met exactly once, so there is
+no race, no atomic and no pair buffer, and the order of the sum is always the same. Grids are upper
+bounds known on the host (an expert that has fewer tiles leaves programs without work), so nothing
+is read back: no synchronisation, and a CUDA graph can capture it.
+
+Bytes (s an element, P = M T pairs a slot; weights of an expert are read once a tile, out of L2):
+
+    sort      8 P k read and written a few times, in integers
+    shrink    s (k P in + R in + k P r) twice over for H and S      FLOPs 2 P k r in
+    expand    s (2 k P out + k P r + R out)                         2 P k r out
+    dH        s (k P out + R out + 2 k P r)                         2 P k r out
+    dx        s (2 k P in + k P r + R in)                           2 P k r in
+    dA, dB    s (k P (in + out) + 2 k P r) + 8 R (in + out) where an expert has several chunks
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from remix_kernels import _configs
+from remix_kernels._launch import launch
+from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, frozen_dx, start_output
+from remix_kernels._triton import dot, padded, precision
+
+_SORT_BLOCK = 128  # pairs a program of the sort ranks
+
+
+class Pairs(NamedTuple):
+    """(row, slot) pairs sorted by (expert, slot), on the device."""
+
+    order: Tensor  # [P k] int32: position p top_k + j in the index
+    offsets: Tensor  # [n top_k + 1] int32
+
+
+@triton.jit
+def _groups(index_ptr, offs, mask, TOP_K: tl.constexpr, NO_GROUP: tl.constexpr):
+    """expert * top_k + slot of the pairs at flat positions `offs`."""
+    expert = tl.load(index_ptr + offs, mask=mask, other=0).to(tl.int32)
+    return tl.where(mask, expert * TOP_K + (offs % TOP_K).to(tl.int32), NO_GROUP)
+
+
+@triton.jit
+def _grouped_sort_count_kernel(
+    index_ptr,  # [PAIRS]
+    counts_ptr,  # [blocks, GROUPS] int32, out
+    PAIRS,
+    GROUPS,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK_G
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    group = _groups(index_ptr, offs, offs < PAIRS, TOP_K, -1)
+    offs_g = first + tl.arange(0, BLOCK_G)
+    counts = tl.sum((group[:, None] == offs_g[None, :]).to(tl.int32), axis=0)
+    tl.store(counts_ptr + block * GROUPS + offs_g, counts, mask=offs_g < GROUPS)
+
+
+@triton.jit
+def _grouped_sort_scatter_kernel(
+    index_ptr,  # [PAIRS]
+    starts_ptr,  # [blocks, GROUPS] int32: sorted position of the block's first pair of a group
+    order_ptr,  # [PAIRS] int32, out
+    PAIRS,
+    GROUPS,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    offs = block * BLOCK + lane
+    mask = offs < PAIRS
+    group = _groups(index_ptr, offs, mask, TOP_K, -1)
+    earlier = (group[:, None] == group[None, :]) & (lane[None, :] < lane[:, None])
+    rank = tl.sum(earlier.to(tl.int32), axis=1)
+    start = tl.load(starts_ptr + block * GROUPS + group, mask=mask, other=0)
+    tl.store(order_ptr + start + rank, offs.to(tl.int32), mask=mask)
+
+
+@triton.jit
+def _find_tile(
+    offsets_ptr,  # [GROUPS + 1]
+    ends_ptr,  # [n]: tiles of the experts up to and including each one
+    tile,
+    slot,
+    N_EXPERTS,
+    TOP_K: tl.constexpr,
+    ALL_SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """(expert, first position, end) of a tile: BLOCK_M pairs of one expert and one slot, or all.
+
+    The end is the first where there is no such tile.
+    """
+    offs_e = tl.arange(0, BLOCK_E)
+    ends = tl.load(ends_ptr + offs_e, mask=offs_e < N_EXPERTS, other=2147483647)
+    expert = tl.sum((ends <= tile).to(tl.int32), axis=0)  # those whose tiles all come before
+    exists = expert < N_EXPERTS
+    before = tl.load(ends_ptr + expert - 1, mask=exists & (expert > 0), other=0)
+    if ALL_SLOTS:
+        begin = tl.load(offsets_ptr + expert * TOP_K, mask=exists, other=0)
+        end = tl.load(offsets_ptr + expert * TOP_K + TOP_K, mask=exists, other=0)
+    else:
+        begin = tl.load(offsets_ptr + expert * TOP_K + slot, mask=exists, other=0)
+        end = tl.load(offsets_ptr + expert * TOP_K + slot + 1, mask=exists, other=0)
+    first = begin + (tile - before) * BLOCK_M
+    first = tl.where(exists, first, 0)
+    return expert, first, tl.where(exists, tl.minimum(first + BLOCK_M, end), 0)
+
+
+@triton.jit
+def _grouped_shrink_kernel(
+    x_ptr,  # [X_ROWS, K_IN] by strides; pair q reads row (order[q] // TOP_K) % X_ROWS
+    a_ptr,  # [n, r, K_IN] by strides
+    order_ptr,  # [PAIRS]
+    offsets_ptr,  # [GROUPS + 1]
+    ends_ptr,  # [n], of tiles of BLOCK_M
+    weights_ptr,  # [PAIRS] in the order of the index, when HAS_WEIGHTS
+    s_ptr,  # [PAIRS, r] fp32: out when KEEP_S; read when DOT_S
+    h_ptr,  # [PAIRS, r], out: weight times the product
+    dot_ptr,  # [PAIRS] in the order of the index, out when DOT_S: product . S
+    X_ROWS,
+    K_IN,
+    rank,
+    N_EXPERTS,
+    scale,
+    stride_xm,
+    stride_xk,
+    stride_an,
+    stride_ar,
+    stride_ak,
+    TOP_K: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    KEEP_S: tl.constexpr,
+    DOT_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    expert, first, last = _find_tile(
+        offsets_ptr, ends_ptr, tl.program_id(0), 0, N_EXPERTS, TOP_K, True, BLOCK_M, BLOCK_E
+    )
+    if first < last:
+        offs_q = first + tl.arange(0, BLOCK_M)
+        mask_m = offs_q < last
+        pair = tl.load(order_ptr + offs_q, mask=mask_m, other=0).to(tl.int64)
+        rows = (pair // TOP_K) % X_ROWS
+        x_rows = x_ptr + rows * stride_xm
+        a_base = a_ptr + expert.to(tl.int64) * stride_an
+        if HAS_WEIGHTS:
+            w = tl.load(weights_ptr + pair, mask=mask_m, other=0.0).to(tl.float32)
+        else:
+            w = tl.zeros([BLOCK_M], dtype=tl.float32) + scale
+        product_s = tl.zeros([BLOCK_M], dtype=tl.float32)
+        for start_r in range(0, rank, BLOCK_R):
+            offs_r = start_r + tl.arange(0, BLOCK_R)
+            mask_r = offs_r < rank
+            a_rows = a_base + offs_r.to(tl.int64) * stride_ar
+            acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+            for start in range(0, K_IN, BLOCK_K):
+                offs_k = start + tl.arange(0, BLOCK_K)
+                mask_k = offs_k < K_IN
+                k = offs_k.to(tl.int64)
+                x = tl.load(
+                    x_rows[:, None] + k[None, :] * stride_xk,
+                    mask=mask_m[:, None] & mask_k[None, :],
+                    other=0.0,
+                )
+                a = tl.load(
+                    a_rows[None, :] + k[:, None] * stride_ak,
+                    mask=mask_r[None, :] & mask_k[:, None],
+                    other=0.0,
+                )
+                acc = dot(x, a.to(x.dtype), acc, PRECISION)
+            out_offs = offs_q[:, None].to(tl.int64) * rank + offs_r[None, :]
+            mask = mask_m[:, None] & mask_r[None, :]
+            if KEEP_S:
+                tl.store(s_ptr + out_offs, acc.to(s_ptr.dtype.element_ty), mask=mask)
+            if DOT_S:
+                s = tl.load(s_ptr + out_offs, mask=mask, other=0.0).to(tl.float32)
+                product_s += tl.sum(acc * s, axis=1)
+            h = acc * w[:, None]
+            tl.store(h_ptr + out_offs, h.to(h_ptr.dtype.element_ty), mask=mask)
+        if DOT_S:
+            tl.store(dot_ptr + pair, product_s.to(dot_ptr.dtype.element_ty), mask=mask_m)
+
+
+@triton.jit
+def _grouped_expand_kernel(
+    h_ptr,  # [PAIRS, r]
+    b_ptr,  # [n, N_OUT, r] by strides
+    order_ptr,  # [PAIRS]
+    offsets_ptr,  # [GROUPS + 1]
+    ends_ptr,  # [n], of this slot's tiles of BLOCK_M
+    base_ptr,  # [BASE_ROWS, N_OUT] by strides, when HAS_BASE; row p reads row p % BASE_ROWS
+    y_ptr,  # [P, N_OUT], out; may be base
+    slot,
+    N_OUT,
+    rank,
+    N_EXPERTS,
+    BASE_ROWS,
+    stride_basem,
+    stride_basen,
+    stride_bn,
+    stride_bo,
+    stride_br,
+    TOP_K: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    expert, first, last = _find_tile(
+        offsets_ptr, ends_ptr, tl.program_id(0), slot, N_EXPERTS, TOP_K, False, BLOCK_M, BLOCK_E
+    )
+    if first < last:
+        offs_q = first + tl.arange(0, BLOCK_M)
+        offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_m, mask_n = offs_q < last, offs_n < N_OUT
+        n = offs_n.to(tl.int64)
+        rows = tl.load(order_ptr + offs_q, mask=mask_m, other=0).to(tl.int64) // TOP_K
+        b_base = b_ptr + expert.to(tl.int64) * stride_bn + n * stride_bo
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for start in range(0, rank, BLOCK_R):
+            offs_r = start + tl.arange(0, BLOCK_R)
+            mask_r = offs_r < rank
+            h = tl.load(
+                h_ptr + offs_q[:, None].to(tl.int64) * rank + offs_r[None, :],
+                mask=mask_m[:, None] & mask_r[None, :],
+                other=0.0,
+            )
+            b = tl.load(
+                b_base[None, :] + offs_r[:, None].to(tl.int64) * stride_br,
+                mask=mask_r[:, None] & mask_n[None, :],
+                other=0.0,
+            )
+            acc = dot(h, b.to(h.dtype), acc, PRECISION)
+        mask = mask_m[:, None] & mask_n[None, :]
+        if HAS_BASE:
+            base_rows = (rows % BASE_ROWS) * stride_basem
+            base_ptrs = base_ptr + base_rows[:, None] + n[None, :] * stride_basen
+            acc += tl.load(base_ptrs, mask=mask, other=0.0).to(tl.float32)
+        y_ptrs = y_ptr + rows[:, None] * N_OUT + n[None, :]
+        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _grouped_bwd_gram_kernel(
+    u_ptr,  # [PAIRS, r], sorted
+    v_ptr,  # [V_ROWS, D] by strides; pair q reads row (order[q] // TOP_K) % V_ROWS
+    order_ptr,  # [PAIRS]
+    offsets_ptr,  # [GROUPS + 1]
+    ends_ptr,  # [n], of chunks
+    g_ptr,  # [chunks, r, D] fp32, out: the sum over each chunk's pairs of u^T v
+    V_ROWS,
+    D,
+    rank,
+    N_EXPERTS,
+    stride_vm,
+    stride_vn,
+    TOP_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    chunk = tl.program_id(2)
+    _, first, last = _find_tile(
+        offsets_ptr, ends_ptr, chunk, 0, N_EXPERTS, TOP_K, True, CHUNK, BLOCK_E
+    )
+    if first < last:
+        offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+        offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_r, mask_n = offs_r < rank, offs_n < D
+        n = offs_n.to(tl.int64)
+        acc = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
+        for start in range(first, last, BLOCK_M):
+            offs_q = start + tl.arange(0, BLOCK_M)
+            mask_m = offs_q < last
+            pair = tl.load(order_ptr + offs_q, mask=mask_m, other=0).to(tl.int64)
+            rows = (pair // TOP_K) % V_ROWS
+            u = tl.load(
+                u_ptr + offs_q[None, :].to(tl.int64) * rank + offs_r[:, None],
+                mask=mask_r[:, None] & mask_m[None, :],
+                other=0.0,
+            )
+            v = tl.load(
+                v_ptr + rows[:, None] * stride_vm + n[None, :] * stride_vn,
+                mask=mask_m[:, None] & mask_n[None, :],
+                other=0.0,
+            )
+            acc = dot(u, v, acc, PRECISION)
+        g_ptrs = g_ptr + (chunk.to(tl.int64) * rank + offs_r[:, None]) * D + n[None, :]
+        tl.store(g_ptrs, acc, mask=mask_r[:, None] & mask_n[None, :])
+
+
+@triton.jit
+def _grouped_bwd_sum_kernel(
+    planes_ptr,  # [chunks, SIZE] fp32
+    ends_ptr,  # [n], of chunks
+    g_ptr,  # [n, SIZE], out: the ordered sum over the chunks of an expert, 0 where it has none
+    SIZE,
+    BLOCK: tl.constexpr,
+):
+    expert = tl.program_id(1)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < SIZE
+    first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    last = tl.load(ends_ptr + expert)
+    acc = tl.zeros([BLOCK], dtype=tl.float32)
+    for chunk in range(first, last):
+        acc += tl.load(planes_ptr + tl.cast(chunk, tl.int64) * SIZE + offs, mask=mask, other=0.0)
+    g_ptrs = g_ptr + expert.to(tl.int64) * SIZE + offs
+    tl.store(g_ptrs, acc.to(g_ptr.dtype.element_ty), mask=mask)
+
+
+def sort_pairs(index: Tensor, n: int) -> Pairs:
+    """index [P, k] -> its pairs sorted by (expert, slot), stable; all on the device."""
+    top_k, pairs = index.shape[1], index.numel()
+    groups, blocks = n * top_k, triton.cdiv(pairs, _SORT_BLOCK)
+    order = torch.empty(pairs, dtype=torch.int32, device=index.device)
+    counts = torch.empty(blocks, groups, dtype=torch.int32, device=index.device)
+    block_g = min(64, padded(groups))
+    sizes = {"PAIRS": pairs, "GROUPS": groups, "TOP_K": top_k}
+    launch(
+        _grouped_sort_count_kernel,
+        (blocks, triton.cdiv(groups, block_g)),
+        index_ptr=index,
+        counts_ptr=counts,
+        **sizes,
+        BLOCK=_SORT_BLOCK,
+        BLOCK_G=block_g,
+    )
+    # By group, then by block: where each block's pairs of each group go.
+    ends = counts.T.reshape(-1).cumsum(0, dtype=torch.int32)
+    starts = (ends.view(groups, blocks) - counts.T).T.contiguous()
+    offsets = torch.zeros(groups + 1, dtype=torch.int32, device=index.device)
+    offsets[1:] = ends.view(groups, blocks)[:, -1]
+    launch(
+        _grouped_sort_scatter_kernel,
+        (blocks,),
+        index_ptr=index,
+        starts_ptr=starts,
+        order_ptr=order,
+        **sizes,
+        BLOCK=_SORT_BLOCK,
+    )
+    return Pairs(order, offsets)
+
+
+def tile_ends(pairs: Pairs, top_k: int, size: int, *, by_slot: bool) -> Tensor:
+    """Tiles of `size` pairs of all experts up to each one: [slots, n], or [1, n] over slots."""
+    bounds = pairs.offsets if by_slot else pairs.offsets[::top_k]
+    tiles = (bounds.diff() + (size - 1)) // size
+    return tiles.view(-1, top_k if by_slot else 1).T.cumsum(1, dtype=torch.int32).contiguous()
+
+
+def grouped_prepare(call: Call, learned: bool) -> Kept:
+    """H [M T k, r], S in fp32 for learned weights, both sorted, and the order."""
+    index = call.top_k_index.contiguous()
+    pairs = sort_pairs(index, call.lora_B.shape[0])
+    hidden = call.x.new_empty(index.numel(), call.lora_B.shape[2])
+    shrunk = torch.empty_like(hidden, dtype=torch.float32) if learned else None
+    shrink(call, call.x, call.lora_A, pairs, hidden, keep=shrunk)
+    return Kept((hidden, shrunk, *pairs))
+
+
+def grouped_fwd(call: Call, kept: Kept) -> Tensor:
+    """y [M T, out]."""
+    hidden, _, order, offsets = kept.tensors
+    assert hidden is not None and order is not None and offsets is not None
+    x, (P, top_k) = call.x, call.top_k_index.shape
+    base = call.base
+    y = x.new_empty(P, call.lora_B.shape[1])
+    if call.weight is not None:
+        base = start_output(call._replace(top_k_index=call.top_k_index[: x.shape[0]]))
+        y = base if base.shape == y.shape else y
+    expand(hidden, call.lora_B, Pairs(order, offsets), top_k, y, base)
+    return y
+
+
+def grouped_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
+    """dy [M T, out] -> the gradients that are needed."""
+    x, lora_A, lora_B = call.x, call.lora_A, call.lora_B
+    hidden, shrunk, order, offsets = kept.tensors
+    assert hidden is not None and order is not None and offsets is not None
+    n, top_k, pairs = lora_B.shape[0], call.top_k_index.shape[1], Pairs(order, offsets)
+    dx = dlora_a = dlora_b = dweights = None
+    if need.lora_B:
+        dlora_b = gram(hidden, dy, pairs, n, top_k, lora_B.dtype).transpose(1, 2)
+    if not (need.x or need.lora_A or need.weights):
+        return Grads(lora_B=dlora_b)
+    dshrunk = torch.empty_like(hidden)
+    if need.weights:
+        assert isinstance(call.top_k_weights, Tensor)
+        dweights = torch.empty_like(call.top_k_weights, memory_format=torch.contiguous_format)
+    columns = lora_B.transpose(1, 2)  # [n, r, out], as A is [n, r, in]
+    shrink(
+        call, dy, columns, pairs, dshrunk, dot_with=shrunk if need.weights else None, dots=dweights
+    )
+    if need.lora_A:
+        wide = torch.float32 if call.shared_a else lora_A.dtype
+        dlora_a = gram(dshrunk, x, pairs, n, top_k, wide)
+        if call.shared_a:
+            dlora_a = dlora_a.sum(0, keepdim=True).to(lora_A.dtype)
+    if need.x:
+        columns = lora_A.expand(n, -1, -1).transpose(1, 2)  # [n, in, r], as B is [n, out, r]
+        frozen = frozen_dx(call, dy) if call.weight is not None else None
+        if dy.shape[0] == x.shape[0]:
+            dx = x.new_empty(x.shape) if frozen is None else frozen
+            expand(dshrunk, columns, pairs, top_k, dx, frozen)
+        else:  # a row of x is met by M rows of y: summed in order, afterwards
+            parts = x.new_empty(dy.shape[0], x.shape[1])
+            expand(dshrunk, columns, pairs, top_k, parts, None)
+            dx = parts.view(-1, *x.shape).sum(0)
+            dx = dx if frozen is None else dx.add_(frozen)
+    return Grads(dx, dlora_a, dlora_b, dweights)
+
+
+GROUPED = Strategy(grouped_prepare, grouped_fwd, grouped_bwd)
+
+
+def shrink(
+    call: Call,
+    x: Tensor,
+    lora_A: Tensor,
+    pairs: Pairs,
+    hidden: Tensor,
+    *,
+    keep: Tensor | None = None,
+    dot_with: Tensor | None = None,
+    dots: Tensor | None = None,
+) -> None:
+    """hidden[q] = w[q] A_i x[row of q] for every sorted pair.
+
+    Args:
+        call: For its index and weights.
+        x: [rows, in]; M times as many pairs as rows share them.
+        lora_A: [n or 1, r, in], any strides.
+        pairs: The order.
+        hidden: [P k, r], written.
+        keep: [P k, r], written: the product before the weight.
+        dot_with: [P k, r]; its product with that, by pair, goes into dots.
+        dots: [P, k], written where dot_with is given.
+    """
+    top_k, n = call.top_k_index.shape[1], call.lora_B.shape[0]
+    weights = call.top_k_weights
+    tensor = weights.contiguous() if isinstance(weights, Tensor) else hidden
+    lora_A = lora_A.expand(n, -1, -1)
+    config = _configs.grouped_shrink(_configs.arch(x.device), x.element_size(), hidden.shape[1])
+    stored = keep if keep is not None else hidden if dot_with is None else dot_with
+    launch(
+        _grouped_shrink_kernel,
+        (triton.cdiv(hidden.shape[0], config["BLOCK_M"]) + n,),
+        x_ptr=x,
+        a_ptr=lora_A,
+        order_ptr=pairs.order,
+        offsets_ptr=pairs.offsets,
+        ends_ptr=tile_ends(pairs, top_k, config["BLOCK_M"], by_slot=False),
+        weights_ptr=tensor,
+        s_ptr=stored,
+        h_ptr=hidden,
+        dot_ptr=hidden if dots is None else dots,
+        X_ROWS=x.shape[0],
+        K_IN=x.shape[1],
+        rank=hidden.shape[1],
+        N_EXPERTS=n,
+        scale=0.0 if isinstance(weights, Tensor) else float(weights),
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_an=lora_A.stride(0),
+        stride_ar=lora_A.stride(1),
+        stride_ak=lora_A.stride(2),
+        TOP_K=top_k,
+        HAS_WEIGHTS=isinstance(weights, Tensor),
+        KEEP_S=keep is not None,
+        DOT_S=dot_with is not None,
+        PRECISION=precision(),
+        BLOCK_E=triton.next_power_of_2(n),
+        **config,
+    )
+
+
+def expand(
+    hidden: Tensor, lora_B: Tensor, pairs: Pairs, top_k: int, y: Tensor, base: Tensor | None
+) -> None:
+    """y[p] = base[p] + sum over slots of B_i hidden[q], a pass a slot; base may be y itself."""
+    n, P = lora_B.shape[0], y.shape[0]
+    config = _configs.grouped_expand(_configs.arch(y.device), y.element_size(), hidden.shape[1])
+    ends = tile_ends(pairs, top_k, config["BLOCK_M"], by_slot=True)
+    for slot in range(top_k):
+        start = base if slot == 0 else y
+        launch(
+            _grouped_expand_kernel,
+            (triton.cdiv(P, config["BLOCK_M"]) + n, triton.cdiv(y.shape[1], config["BLOCK_N"])),
+            h_ptr=hidden,
+            b_ptr=lora_B,
+            order_ptr=pairs.order,
+            offsets_ptr=pairs.offsets,
+            ends_ptr=ends[slot],
+            base_ptr=y if start is None else start,
+            y_ptr=y,
+            slot=slot,
+            N_OUT=y.shape[1],
+            rank=hidden.shape[1],
+            N_EXPERTS=n,
+            BASE_ROWS=P if start is None else start.shape[0],
+            stride_basem=0 if start is None else start.stride(0),
+            stride_basen=0 if start is None else start.stride(1),
+            stride_bn=lora_B.stride(0),
+            stride_bo=lora_B.stride(1),
+            stride_br=lora_B.stride(2),
+            TOP_K=top_k,
+            HAS_BASE=start is not None,
+            PRECISION=precision(),
+            BLOCK_E=triton.next_power_of_2(n),
+            **config,
+        )
+
+
+def gram(u: Tensor, v: Tensor, pairs: Pairs, n: int, top_k: int, dtype: torch.dtype) -> Tensor:
+    """For every expert the sum over its pairs of u[q]^T v[row of q]: [n, r, D] in `dtype`."""
+    r, D = u.shape[1], v.shape[1]
+    config = _configs.grouped_gram(_configs.arch(u.device), u.element_size(), r)
+    chunks = triton.cdiv(u.shape[0], config["CHUNK"]) + n
+    parts = torch.empty(chunks, r, D, dtype=torch.float32, device=u.device)
+    result = torch.empty(n, r, D, dtype=dtype, device=u.device)
+    ends = tile_ends(pairs, top_k, config["CHUNK"], by_slot=False)
+    launch(
+        _grouped_bwd_gram_kernel,
+        (triton.cdiv(r, config["BLOCK_R"]), triton.cdiv(D, config["BLOCK_N"]), chunks),
+        u_ptr=u,
+        v_ptr=v,
+        order_ptr=pairs.order,
+        offsets_ptr=pairs.offsets,
+        ends_ptr=ends,
+        g_ptr=parts,
+        V_ROWS=v.shape[0],
+        D=D,
+        rank=r,
+        N_EXPERTS=n,
+        stride_vm=v.stride(0),
+        stride_vn=v.stride(1),
+        TOP_K=top_k,
+        PRECISION=precision(),
+        BLOCK_E=triton.next_power_of_2(n),
+        **config,
+    )
+    launch(
+        _grouped_bwd_sum_kernel,
+        (triton.cdiv(r * D, 1024), n),
+        planes_ptr=parts,
+        ends_ptr=ends,
+        g_ptr=result,
+        SIZE=r * D,
+        BLOCK=1024,
+    )
+    return result
