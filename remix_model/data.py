@@ -236,20 +236,26 @@ def _read_json(path: Path) -> _Records:
 
 def _read_csv(path: Path) -> _Records:
     separator = "\t" if file_suffix(path) == ".tsv" else ","
-    reader = csv.DictReader(_lines(path), delimiter=separator, strict=True)
-    last = 1
+    reader = csv.reader(_lines(path), delimiter=separator, strict=True)
+    fields: list[str] | None = None
+    begin = 1  # the line in which the next row begins; quoted fields may span several
     try:
         for row in reader:
-            origin, last = f"{path} line {last + 1}", reader.line_num
-            if None in row or None in row.values():
+            origin, begin = f"{path} line {begin}", reader.line_num + 1
+            if not row:
+                continue
+            if fields is None:
+                fields = row
+                continue
+            if len(row) != len(fields):
                 raise ValueError(
-                    f"{origin} has not the {len(reader.fieldnames or [])} columns of the first "
-                    f"line: quote the fields that hold a separator"
+                    f"{origin} has not the {len(fields)} columns of the first line: quote the "
+                    "fields that hold a separator"
                 )
-            yield origin, row
+            yield origin, dict(zip(fields, row, strict=True))
     except csv.Error as error:
         raise ValueError(
-            f"{path}: the row that begins in line {last + 1} is malformed: {error} in line "
+            f"{path}: the row that begins in line {begin} is malformed: {error} in line "
             f"{reader.line_num} (a quote that is text is written twice, in a quoted field)"
         ) from error
 

@@ -19,7 +19,13 @@ def routing_scaling(lora_alpha: float, top_k: int, r: int, use_rslora: bool) -> 
 
 
 def check_pool(
-    num_experts: int, top_k: int, r: int, *, scale: Mapping[str, Any], lora_dropout: Any
+    num_experts: int,
+    top_k: int,
+    r: int,
+    *,
+    scale: Mapping[str, Any],
+    lora_dropout: Any,
+    flags: Mapping[str, Any],
 ) -> None:
     """Raise ValueError unless these describe a pool of adapters.
 
@@ -29,7 +35,11 @@ def check_pool(
         r: Rank.
         scale: lora_alpha, router_temperature and router_init_range.
         lora_dropout: In [0, 1).
+        flags: use_rslora, router_detach_input and init_lora_weights.
     """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")
     for name, value in (("num_experts", num_experts), ("top_k", top_k), ("r", r)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{name}={value!r} must be an integer")
@@ -79,6 +89,19 @@ def init_pool(
         bound = 1.0 / math.sqrt(lora_B.shape[-1])
         nn.init.uniform_(lora_B, -bound, bound)
     nn.init.normal_(router, std=router_init_range)
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether base(x) is x W^T + b and no more: no other class, no hooks, nothing watching."""
+    return (
+        type(base) is nn.Linear
+        and base.weight.is_floating_point()
+        and not base._forward_hooks
+        and not base._forward_pre_hooks
+        and not base._backward_hooks
+        and not base._backward_pre_hooks
+        and "forward" not in base.__dict__  # as accelerate's offloading replaces it
+    )
 
 
 class Pool(NamedTuple):
@@ -186,7 +209,12 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
             "router_temperature": router_temperature,
             "router_init_range": router_init_range,
         }
-        check_pool(num_experts, top_k, r, scale=scale, lora_dropout=lora_dropout)
+        flags = {
+            "use_rslora": use_rslora,
+            "router_detach_input": router_detach_input,
+            "init_lora_weights": init_lora_weights,
+        }
+        check_pool(num_experts, top_k, r, scale=scale, lora_dropout=lora_dropout, flags=flags)
         self.base_layer = base.requires_grad_(False)
         self.num_experts, self.top_k, self.r = num_experts, top_k, r
         self.scaling = routing_scaling(lora_alpha, top_k, r, use_rslora)
@@ -216,6 +244,6 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
             self.backend,
             self.strategy,
         )
-        if self.training and self.dropout.p > 0.0:
-            return pool.add(x, self.base_layer(x), self.dropout, True)
-        return pool.linear(x, self.base_layer, self.training)
+        if is_plain(self.base_layer) and not (self.training and self.dropout.p > 0.0):
+            return pool.linear(x, self.base_layer, self.training)
+        return pool.add(x, self.base_layer(x), self.dropout, self.training)

@@ -275,8 +275,7 @@ def sample_routing(
         site.stream = state.streams[id(site)] = stream
         site.name = name
     for site in state.sites:
-        site.state = site.last = state
-        site.last_forced = None
+        site.state = state
     try:
         yield state
     finally:
@@ -320,7 +319,8 @@ def check_sampling(
     num_selections: int, credit: str, log_prob: str, logprob_tokens: str, prefix: str = ""
 ) -> None:
     """Raise ValueError for a value that is out of range or unknown; `prefix` goes before names."""
-    if not isinstance(num_selections, int) or num_selections < 1:
+    whole = isinstance(num_selections, int) and not isinstance(num_selections, bool)
+    if not whole or num_selections < 1:
         raise ValueError(
             f"{prefix}num_selections={num_selections!r}; it must be a whole number, at least 1 "
             "(2 to train a router)"

@@ -62,8 +62,9 @@ class RoutingSite:
         self.name = ""
         self.stream = 0
         self.state: RoutingState | None = None  # inside sample_routing
-        self.last: RoutingState | None = None  # whose draw the last training forward used
-        self.last_forced: Tensor | None = None  # what it was forced to use, outside a context
+        # What recomputations repeat, by the layer's mode, so that evaluating forgets no training.
+        self.last: dict[bool, RoutingState | None] = {}  # whose draw the last pass used
+        self.last_forced: dict[bool, Tensor | None] = {}  # what the last unsampled pass had to use
         self.replaying: RoutingState | None = None  # whose backward pass is running
         self.replayed = False  # whether this layer was recomputed in it
         self.ambiguous = False  # another state's backward pass began before that
@@ -94,8 +95,11 @@ class RoutingSite:
         Args:
             x: [..., in].
             router: [n, in].
-            training: The layer's mode; only decides whether an unsampled pass forgets the last
-                draw.
+            training: The layer's mode, under which the pass is remembered for recomputation.
+
+        Raises:
+            ValueError: x has another width, or does not fit the folded batch or a forced index.
+            RuntimeError: Recomputed, and it cannot be told which pass this repeats.
         """
         if x.shape[-1] != router.shape[1]:
             raise ValueError(
@@ -111,14 +115,12 @@ class RoutingSite:
         with torch.no_grad():
             logits = self._logits(x, router)
             if in_backward():
-                return self._recompute(logits)
+                return self._recompute(logits, training)
             self.replaying = None  # a forward pass outside a backward pass: none is running
-            state = self.state
+            state = self.last[training] = self.state
             if state is None:
                 index = self._choose(logits)
-                if training:
-                    self.last = None
-                    self.last_forced = None if self.forced is None else index
+                self.last_forced[training] = None if self.forced is None else index
             else:
                 index = self._draw(logits, state)
                 state.selections.setdefault(self.stream, []).append(index)
@@ -201,6 +203,9 @@ class RoutingSite:
         """Without sampling: the forced experts, else the k largest logits (ReMix eq. 6)."""
         if self.forced is not None:
             return self._forced(logits)
+        return self._top_k(logits)
+
+    def _top_k(self, logits: Tensor) -> Tensor:
         return logits.topk(self.top_k, dim=-1).indices
 
     def _draw(self, logits: Tensor, state: RoutingState) -> Tensor:
@@ -229,7 +234,7 @@ class RoutingSite:
                 f"does not broadcast to the layer's rows, {list(shape)}"
             ) from None
 
-    def _recompute(self, logits: Tensor) -> Selection:
+    def _recompute(self, logits: Tensor, training: bool) -> Selection:
         """What the forward pass that is being recomputed chose."""
         if self.ambiguous:
             raise RuntimeError(
@@ -238,14 +243,25 @@ class RoutingSite:
                 "call backward on each loss by itself"
             )
         # A state that has its loss says so when its backward pass begins: `replaying`. Another one
-        # (the user's own surrogate) is taken to be running.
-        last = self.last if self.last is not None and self.last.advantages is None else None
-        for state in (self.replaying, last):
-            saved = None if state is None else state.drawn_at(self)
+        # (the user's own surrogate) is taken to be running. Where the rows are not those of the
+        # draw, an unsampled pass is repeated.
+        last = self.last.get(training)
+        rows = logits.shape[:-1]
+        for state in (self.replaying, last if last is None or last.advantages is None else None):
+            drawn = [] if state is None else state.drawn_at(self)
+            saved = [index for index in drawn if index.shape[:-1] == rows]
             if saved:
                 self.replayed = True
                 return Selection(self._only(saved), logits, state)
-        index = self._choose(logits) if self.last_forced is None else self.last_forced
+        index = self.last_forced.get(training)
+        if index is None:
+            index = self._top_k(logits)
+        elif index.shape[:-1] != rows:
+            raise RuntimeError(
+                f"{self.name or 'a routed layer'} is recomputed by activation checkpointing for "
+                f"{list(rows)} rows, and the last forced selection had {list(index.shape[:-1])}: "
+                "call backward on a loss before the next forward pass"
+            )
         return Selection(index, logits, None)
 
     def _only(self, saved: list[Tensor]) -> Tensor:

@@ -133,11 +133,19 @@ class ReMixConfig(PeftConfig):
             "router_temperature": self.router_temperature,
             "router_init_range": self.router_init_range,
         }
+        flags = {
+            "use_rslora": self.use_rslora,
+            "router_detach_input": self.router_detach_input,
+            "init_lora_weights": self.init_lora_weights,
+        }
         check_pool(
-            self.num_experts, self.top_k, self.r, scale=scale, lora_dropout=self.lora_dropout
+            self.num_experts,
+            self.top_k,
+            self.r,
+            scale=scale,
+            lora_dropout=self.lora_dropout,
+            flags=flags,
         )
-        if not isinstance(self.use_rslora, bool):
-            raise ValueError(f"use_rslora={self.use_rslora!r} must be True or False")
         for name in ("target_modules", "exclude_modules"):
             _check_names(name, getattr(self, name))
         for name, known in (

@@ -8,13 +8,15 @@ nothing that PEFT's FSDP policy would shard apart from the layer that reads it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from remix_model.layer import Pool, empty_b, init_pool, routing_scaling
+from remix_model.layer import Pool, empty_b, init_pool, is_plain, routing_scaling
 from remix_model.site import RoutedModule, RoutingSite
 from remix_model.tuner.config import ReMixConfig, ReMixRuntimeConfig
 
@@ -108,25 +110,31 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         names = [] if self._disable_adapters else self.active_adapters
         names = [name for name in names if name in self.sites]
         base: Any = self.base_layer
-        if len(names) == 1 and not args and not kwargs and self._can_fuse(base, names[0]):
-            return self._pool(names[0]).linear(x, base, self.training)
+        if len(names) == 1 and not args and not kwargs and is_plain(base):
+            dropout: Any = self.remix_dropout[names[0]]
+            if not (self.training and dropout.p > 0.0):
+                return self._pool(names[0]).linear(x, base, self.training)
         y = base(x, *args, **kwargs)
-        for name in names:
-            y = self._pool(name).add(x, y, self.remix_dropout[name], self.training)
+        with self._brought_in():
+            for name in names:
+                y = self._pool(name).add(x, y, self.remix_dropout[name], self.training)
         return y
 
-    def _can_fuse(self, base: Any, name: str) -> bool:
-        """Whether one op may serve: a plain floating-point linear that nobody watches."""
-        return (
-            type(base) is nn.Linear
-            and base.weight.is_floating_point()
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
-            and not base._backward_hooks
-            and not base._backward_pre_hooks
-            and "forward" not in base.__dict__  # as accelerate's offloading replaces it
-            and not (self.training and self.remix_dropout[name].p > 0.0)  # type: ignore[operator]
-        )
+    @contextmanager
+    def _brought_in(self) -> Iterator[None]:
+        """Where accelerate offloads: the adapter's weights, for a while.
+
+        Its hooks bring a module's weights in around the module's forward; a ParameterDict has none.
+        """
+        parts = (self.remix_lora_A, self.remix_lora_B, self.remix_router)
+        hooked: list[Any] = [part for part in parts if "_hf_hook" in part.__dict__]
+        for part in hooked:
+            part._hf_hook.pre_forward(part)
+        try:
+            yield
+        finally:
+            for part in hooked:
+                part._hf_hook.post_forward(part, None)
 
     def _pool(self, name: str) -> Pool:
         return Pool(

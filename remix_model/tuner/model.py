@@ -76,7 +76,7 @@ class ReMixModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         linears = _linear_names(model)
         fix = f"the linears of {type(model).__name__} are named {', '.join(linears)}"
-        known = FEED_FORWARD_MODULES.get(getattr(model.config, "model_type", ""), [])
+        known = FEED_FORWARD_MODULES.get(self.get_model_config(model).get("model_type", ""), [])
         if isinstance(config.target_modules, (set, list)):
             names = [name for name, _ in model.named_modules()]
             for target in sorted(set(config.target_modules) - set(known)):

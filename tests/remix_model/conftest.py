@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,3 +172,60 @@ def checkpointing() -> Callable[[nn.Module, str], nn.Module]:
         return model
 
     return switch
+
+
+@pytest.fixture
+def grads_of(
+    make_remix: Callable[..., nn.Module],
+    make_batch: Callable[..., dict[str, Tensor]],
+    sampled_loss: Callable[..., tuple[Tensor, Any]],
+    take_grads: Callable[[nn.Module], Grads],
+    checkpointing: Callable[[nn.Module, str], nn.Module],
+) -> Callable[..., Grads]:
+    """grads_of(kind, seed=0): gradients of one sampled step under a kind of checkpointing."""
+
+    def run(kind: str, seed: int = 0, config: Any = None, **options: Any) -> Grads:
+        model = checkpointing(make_remix(**(config or {})), kind)
+        loss, _ = sampled_loss(model, make_batch(), seed=seed, **options)
+        loss.backward()
+        return take_grads(model)
+
+    return run
+
+
+@pytest.fixture
+def make_trainer(
+    make_llama: Callable[..., nn.Module], make_remix: Callable[..., nn.Module], tmp_path: Path
+) -> Callable[..., Any]:
+    """make_trainer(model=None, trainer=ReMixTrainer, train=..., evaluate=None, **arguments).
+
+    What the trainer itself takes (callbacks, compute_metrics, ...) may stand among the arguments.
+    """
+    from transformers import TrainingArguments
+
+    from remix_model import ReMixTrainer, ReMixTrainingArguments
+    from tests.remix_model.trainer_helpers import QUIET, STEPS, collate, examples
+
+    own = ("callbacks", "compute_metrics", "compute_loss_func", "model_init")
+
+    def make(
+        model: Any = None,
+        trainer: Any = ReMixTrainer,
+        train: Any = None,
+        evaluate: Any = None,
+        **arguments: Any,
+    ) -> Any:
+        given = {name: arguments.pop(name) for name in own if name in arguments}
+        if model is None and "model_init" not in given:
+            model = make_remix(make_llama(dtype=torch.float32))
+        kind = ReMixTrainingArguments if trainer is ReMixTrainer else TrainingArguments
+        return trainer(
+            model=model,
+            args=kind(**{"output_dir": str(tmp_path / "run"), **QUIET, **STEPS, **arguments}),
+            data_collator=collate,
+            train_dataset=examples() if train is None else train,
+            eval_dataset=evaluate,
+            **given,
+        )
+
+    return make

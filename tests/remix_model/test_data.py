@@ -126,6 +126,70 @@ def test_undecodable_and_damaged_files_say_so(tmp_path: Path) -> None:
         load_examples(cut, **FIELDS)
 
 
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv", "d.tsv", "d.txt", "d.jsonl.gz"])
+@pytest.mark.parametrize("line", [1, 2, 4000])
+def test_bad_utf8_names_its_own_line(tmp_path: Path, name: str, line: int) -> None:
+    """However much of the file is decoded at once."""
+    separator = {"d.csv": b",", "d.tsv": b"\t"}.get(name)
+    row = b'{"prompt": "question", "response": "answer"}\n'
+    rows = [row if separator is None else b"prompt" + separator + b"response\n"] * 5000
+    rows[line - 1] = rows[0].replace(b"p", b"\xe9")
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"".join(rows)) if name.endswith("gz") else b"".join(rows))
+    with pytest.raises(ValueError, match=rf"{name} line {line} is not UTF-8 text: invalid"):
+        load_examples(path)
+
+
+def test_damaged_deflate_stream_says_so(tmp_path: Path) -> None:
+    """The gzip header is whole; zlib itself gives up."""
+    path = tmp_path / "d.jsonl.gz"
+    data = bytearray(gzip.compress(jsonl(ROWS * 1000).encode()))
+    data[20:60] = b"\xff" * 40
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"d\.jsonl\.gz is a damaged gzip file after line \d+"):
+        load_examples(path, **FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "begins", "found"),
+    [
+        ('prompt,response\na,b\n"two\nlines",c\n"open,d\ne,f\n', 5, 6),
+        ('prompt,response\na,b\n"a"b,c\ne,f\n', 3, 3),
+        ('"prompt,response\na,b\n', 1, 2),
+    ],
+    ids=["unclosed", "text-after-quote", "header"],
+)
+def test_csv_quotes_name_the_line_where_the_row_begins(
+    tmp_path: Path, text: str, begins: int, found: int
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=rf"the row that begins in line {begins} is malformed: .* in line {found} \(a quote",
+    ):
+        load_examples(write(tmp_path / "d.csv", text))
+
+
+def test_csv_errors_in_a_row_of_several_lines_name_its_first(tmp_path: Path) -> None:
+    """Blank lines count as lines, and are no rows."""
+    for text, line in (
+        ('prompt,response\n"a\nb",c\n"d\ne",""\n', 4),
+        ('\nprompt,response\na,b\n\n\n"d\ne",""\n', 6),
+    ):
+        with pytest.raises(ValueError, match=rf"d\.csv line {line} has an empty response"):
+            load_examples(write(tmp_path / "d.csv", text))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("d.jsonl", "line 2 is nested too deeply"), ("d.json", "is nested too deeply to be a list")],
+)
+def test_deep_nesting_is_an_error(tmp_path: Path, name: str, message: str) -> None:
+    deep = '{"prompt": ' + "[" * 200_000 + "]" * 200_000 + ', "response": "r"}'
+    text = f"[{deep}]" if name == "d.json" else jsonl([{"prompt": "p", "response": "r"}]) + deep
+    with pytest.raises(ValueError, match=message):
+        load_examples(write(tmp_path / name, text))
+
+
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import nn
 
 from remix_model import (
@@ -43,7 +42,20 @@ POOLS = [
     ({"num_experts": 0, "top_k": 0}, r"num_experts=0"),
     ({"lora_dropout": 1.0}, r"lora_dropout=1.0.*\[0, 1\)"),
     ({"lora_dropout": -0.1}, r"lora_dropout=-0.1"),
+    ({"lora_dropout": "a"}, r"lora_dropout='a' must be a finite number"),
     ({"router_temperature": 0.0}, r"router_temperature=0.0.*positive"),
+    ({"router_temperature": None}, r"router_temperature=None must be a finite number"),
+    ({"router_init_range": -1.0}, r"router_init_range=-1.0"),
+    ({"lora_alpha": 0.0}, r"lora_alpha=0.0"),
+    ({"lora_alpha": "2"}, r"lora_alpha='2' must be a finite number"),
+    ({"lora_alpha": float("nan")}, r"lora_alpha=nan must be a finite number"),
+    ({"lora_alpha": True}, r"lora_alpha=True must be a finite number"),
+    ({"r": 2.0}, r"r=2.0 must be an integer"),
+    ({"top_k": "2"}, r"top_k='2' must be an integer"),
+    ({"num_experts": True}, r"num_experts=True must be an integer"),
+    ({"use_rslora": "no"}, r"use_rslora='no' must be True or False"),
+    ({"router_detach_input": None}, r"router_detach_input=None must be True or False"),
+    ({"init_lora_weights": "gaussian"}, r"init_lora_weights='gaussian' must be True or False"),
 ]
 
 
@@ -59,8 +71,6 @@ def test_sizes(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora_alpha": 0.0}, r"lora_alpha=0.0"),
-        ({"router_init_range": -1.0}, r"router_init_range=-1.0"),
         ({"router_type": "magic"}, r"router_type='magic' is unknown.*remix"),
         ({"routing_granularity": "word"}, r"routing_granularity='word' is unknown.*token"),
         ({"router_sharing": "all"}, r"router_sharing='all' is unknown.*module"),
@@ -68,9 +78,10 @@ def test_sizes(options, message):
         ({"router_kwargs": {"a": 1}}, r"router_kwargs=.*no options"),
         ({"runtime_config": {"backend": "cuda"}}, r"backend='cuda' is unknown.*torch"),
         ({"runtime_config": {"strategy": "fast"}}, r"strategy='fast' is unknown.*grouped"),
-        ({"r": 2.0}, r"r=2.0 must be an integer"),
-        ({"top_k": "2"}, r"top_k='2' must be an integer"),
-        ({"num_experts": True}, r"num_experts=True must be an integer"),
+        ({"target_modules": 3}, r"target_modules=3 must be a list of names or a regular expr"),
+        ({"target_modules": [3]}, r"target_modules=\{3\} must be a list of names"),
+        ({"exclude_modules": 3}, r"exclude_modules=3 must be a list of names"),
+        ({"target_modules": "("}, r"target_modules='\(' is not a regular expression.*give a list"),
         ({"layers_pattern": "layers"}, r"layers_pattern='layers'.*layers_to_transform"),
     ],
     ids=lambda v: str(v)[:40],
@@ -85,35 +96,7 @@ def test_base_of_a_plain_module_must_be_linear():
         RoutedLoRALinear(nn.Embedding(4, 3), num_experts=4, top_k=2, r=2)
 
 
-# What to adapt --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"target_modules": ["no_such_proj"]}, r"no_such_proj"),
-        ({"target_modules": ["embed_tokens"]}, r"embed_tokens.*Embedding is not a linear"),
-        ({"target_modules": ["input_layernorm"]}, r"input_layernorm.*RMSNorm is not a linear"),
-        ({"target_modules": ["mlp"]}, r"mlp.*LlamaMLP is not a linear"),
-    ],
-    ids=["nothing", "embedding", "norm", "block"],
-)
-def test_targets(options, message, make_llama):
-    with pytest.raises(ValueError, match=message):
-        get_peft_model(make_llama(), ReMixConfig(**options))
-
-
-def test_unknown_architecture_asks_for_targets():
-    class Model(nn.Module):
-        config = {"model_type": "novel"}  # noqa: RUF012
-
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(3, 3)
-
-    with pytest.raises(ValueError, match=r"'novel' are not known; name them in target_modules"):
-        get_peft_model(Model(), ReMixConfig())
-    get_peft_model(Model(), ReMixConfig(target_modules=["linear"]))
+# Rows of several adapters ---------------------------------------------------------------------
 
 
 def test_adapter_names_are_refused(make_remix, make_batch):
@@ -131,6 +114,9 @@ def test_adapter_names_are_refused(make_remix, make_batch):
         ({"num_selections": 1}, r"num_selections=1.*router.*num_selections >= 2"),
         ({"num_selections": 0}, r"num_selections=0; it must be a whole number, at least 1"),
         ({"num_selections": -2}, r"num_selections=-2"),
+        ({"num_selections": "2"}, r"num_selections='2'; it must be a whole number"),
+        ({"num_selections": 2.5}, r"num_selections=2.5; it must be a whole number"),
+        ({"num_selections": True}, r"num_selections=True; it must be a whole number"),
         ({"credit": "karma"}, r"credit='karma' is unknown; choose one of sequence"),
         ({"log_prob": "exact"}, r"log_prob='exact' is unknown; choose one of ordered"),
         ({"logprob_tokens": "some"}, r"logprob_tokens='some' is unknown; choose one of all, resp"),
@@ -211,6 +197,14 @@ def test_batches_without_tensors_or_of_two_sizes(layer):
             routing.expand({"use_cache": False})
         with pytest.raises(ValueError, match=r"batch size 3.*'labels': 2"):
             routing.expand({"input_ids": torch.ones(3, 4), "labels": torch.ones(2, 4)})
+
+
+def test_empty_batches(layer):
+    with sampling(layer) as routing:
+        with pytest.raises(ValueError, match=r"the batch is empty: \{'x': 0\}; leave it out"):
+            routing.expand({"x": torch.ones(0, 3, 5)})
+        with pytest.raises(ValueError, match=r"the batch is empty: .*'input_ids': 0"):
+            routing.expand({"input_ids": torch.ones(0, 3), "labels": torch.ones(0, 3)})
 
 
 def test_response_needs_labels(layer):
@@ -337,6 +331,16 @@ def test_forced_selection_values(index, message, make_remix):
     assert all(site.forced is None for site in find_sites(model).values())
 
 
+@pytest.mark.parametrize("index", [[0, 1], None, 1], ids=str)
+def test_forced_selection_must_be_a_tensor(index, layer):
+    message = f"the selection for ffn is a {type(index).__name__}; it must be a tensor"
+    with (
+        pytest.raises(TypeError, match=message),
+        force_selection(nn.ModuleDict({"ffn": layer}), {"ffn": index}),
+    ):
+        pass
+
+
 def test_forced_selection_of_an_unknown_layer(make_remix):
     model = make_remix()
     with (
@@ -374,7 +378,11 @@ def test_forced_selection_of_any_integer_type(bad, layer):
 
 
 def test_features_that_do_not_fit(layer):
-    with pytest.raises((ValueError, RuntimeError)):
+    """Named inside a context, which is where names are known."""
+    with pytest.raises(ValueError, match=r"a routed layer got x \[2, 6\]; it takes \[\.\.\., 5\]"):
+        layer(torch.ones(2, 6))
+    model = nn.ModuleDict({"ffn": layer})
+    with sampling(model), pytest.raises(ValueError, match=r"ffn got x \[2, 6\]; it takes"):
         layer(torch.ones(2, 6))
 
 
@@ -385,6 +393,7 @@ def test_features_that_do_not_fit(layer):
     ("options", "message"),
     [
         ({"remix_num_selections": 0}, r"remix_num_selections=0"),
+        ({"remix_num_selections": 2.5}, r"remix_num_selections=2.5; it must be a whole number"),
         ({"remix_credit": "karma"}, r"remix_credit='karma'.*sequence"),
         ({"remix_log_prob": "exact"}, r"remix_log_prob='exact'.*ordered"),
         ({"remix_logprob_tokens": "some"}, r"remix_logprob_tokens='some'.*all, response"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from remix_model import token_losses
+from remix_model import sample_routing, token_losses
 from remix_model.losses import logits_at
 
 
@@ -167,3 +167,28 @@ def test_a_sequence_longer_than_the_model(make_remix, make_batch):
 def test_a_model_without_a_head(make_llama, make_batch):
     with pytest.raises(ValueError, match="causal language model"):
         token_losses(make_llama().model, make_batch())
+
+
+@pytest.fixture
+def encoder_decoder(make_remix):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_ff": 24, "d_kv": 4, "num_layers": 1, "num_heads": 4}
+    base = T5ForConditionalGeneration(T5Config(**sizes, vocab_size=64, decoder_start_token_id=0))
+    return make_remix(base.double())
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["peft", "wrapped"])
+def test_an_encoder_decoder(wrapped, encoder_decoder):
+    """Its decoder has no shifted labels, and its encoder's rows are another sequence's."""
+    model = nn.DataParallel(encoder_decoder) if wrapped else encoder_decoder
+    ids = torch.randint(3, 64, (2, 7))
+    message = r"is an encoder-decoder model; routers are trained in decoder-only"
+    with pytest.raises(ValueError, match=message):
+        token_losses(model, {"input_ids": ids, "labels": ids})
+    with pytest.raises(ValueError, match=message), sample_routing(model, 2, seed=0):
+        pass
+    for parameter in encoder_decoder.parameters():
+        assert parameter.grad is None
+    with torch.no_grad():  # it still runs
+        assert encoder_decoder(input_ids=ids, labels=ids).loss.isfinite()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -294,11 +295,34 @@ def test_adapter_of_another_base(other, saved, make_llama):
     assert base in str(error.value)
 
 
+def test_a_base_of_another_name_warns(saved, make_base, tmp_path):
+    """All shapes fit, so only the name tells; both are in the warning."""
+    folder, want, batch = saved
+    make_base().save_pretrained(tmp_path / "twin")
+    twin = type(make_base()).from_pretrained(tmp_path / "twin")
+    with pytest.warns(UserWarning, match=r"trained on '.*base' and is loaded on '.*twin'"):
+        model = PeftModel.from_pretrained(twin, folder).eval()
+    assert torch.equal(logits(model, batch), want)
+
+
+def test_a_base_of_the_same_name_does_not_warn(saved, make_base, tmp_path):
+    """The very folder, or its like in another place."""
+    folder, _, _ = saved
+    make_base().save_pretrained(tmp_path / "elsewhere" / "base")
+    moved = type(make_base()).from_pretrained(tmp_path / "elsewhere" / "base")
+    for base in (make_base(), moved):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            PeftModel.from_pretrained(base, folder)
+
+
 def test_configuration_that_does_not_fit_the_weights(saved, make_base):
+    """Of the right base: nobody is sent to look for another one."""
     folder, _, _ = saved
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_experts": 5}))
-    with pytest.raises(ValueError, match=r"\[4, 2, 32\].*\[5, 2, 32\]"):
+    message = r"\[4, 2, 32\].*\[5, 2, 32\].*config\.json and its weights do not belong together"
+    with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(make_base(), folder)
 
 

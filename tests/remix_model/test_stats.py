@@ -197,11 +197,80 @@ def test_to_dict_is_json_and_summary_is_the_mean():
     assert summary["dead_experts"] == len(first["dead_experts"]) + len(second["dead_experts"])
 
 
-def test_padding_of_a_language_model_is_left_out(make_remix, make_batch):
-    model, batch = make_remix().eval(), make_batch((10, 7, 9))
-    with record_routing(model) as record, torch.no_grad():
-        model(**batch)
-        model.generate(
-            input_ids=batch["input_ids"][:1], attention_mask=None, max_new_tokens=3, do_sample=False
+# Padding of language models ---------------------------------------------------------------------
+
+
+def tokens_of(record):
+    """Tokens that each layer counted; the same in all of them."""
+    (count,) = {layer.tokens for layer in record.stats().layers}
+    return count
+
+
+@pytest.fixture
+def language_model(make_remix):
+    return make_remix().eval()
+
+
+@pytest.fixture
+def padded(make_batch):
+    """Three prompts of 10, 7 and 9 tokens, right-padded, without labels."""
+    batch = make_batch((10, 7, 9))
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
+@torch.no_grad()
+def test_padding_is_left_out(language_model, padded):
+    with record_routing(language_model) as record:
+        language_model(**padded)
+    assert tokens_of(record) == 10 + 7 + 9
+
+
+@torch.no_grad()
+def test_the_mask_may_be_positional(language_model, padded):
+    """PeftModel takes it second; so does the model inside."""
+    for model in (language_model, language_model.get_base_model()):
+        with record_routing(model) as record:
+            model(padded["input_ids"], padded["attention_mask"])
+        assert tokens_of(record) == 10 + 7 + 9
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no-cache"])
+def test_padding_on_the_left_while_generating(use_cache, language_model, padded):
+    """The prompts' 26 real tokens and 3 x 4 new ones: with a cache each once, else every time."""
+    left = {name: value.flip(1) for name, value in padded.items()}
+    with record_routing(language_model) as record:
+        language_model.generate(
+            **left, max_new_tokens=5, min_new_tokens=5, do_sample=False, use_cache=use_cache
         )
-    assert {layer.tokens for layer in record.stats().layers} <= {26 + 10 + i for i in range(3)}
+    assert tokens_of(record) == (26 + 3 * 4 if use_cache else 5 * 26 + 3 * (1 + 2 + 3 + 4))
+
+
+@torch.no_grad()
+def test_a_mask_is_forgotten_after_its_pass(language_model, padded):
+    """Also when that pass failed: whoever comes next without a mask counts every position."""
+    ids = padded["input_ids"]
+    layer = language_model.get_submodule("base_model.model.model.layers.0.mlp.gate_proj")
+    x = torch.zeros(3, 10, 32).double()
+    counted = lambda record: record.stats().layers[0].tokens  # noqa: E731
+    with record_routing(language_model) as record:
+        language_model(**padded)
+        assert counted(record) == 26
+        layer(x)  # by itself, and with as many rows
+        assert counted(record) == 26 + 30
+        language_model(input_ids=ids)
+        assert counted(record) == 26 + 30 + 30
+        with pytest.raises(IndexError):
+            language_model(input_ids=ids + 1000, attention_mask=padded["attention_mask"])
+        layer(x)
+        assert counted(record) == 26 + 30 + 30 + 30
+
+
+@torch.no_grad()
+def test_nothing_is_left_on_a_language_model(language_model, padded):
+    with record_routing(language_model) as record:
+        language_model(**padded)
+    language_model(**padded)
+    assert tokens_of(record) == 26
+    for module in language_model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
-from remix_model import ReMixConfig, ReMixModel, force_selection, record_routing, sample_routing
+from remix_model import ReMixConfig, force_selection, record_routing, sample_routing
 from remix_model.site import find_sites
 from remix_model.tuner import ReMixLayer, ReMixRuntimeConfig
 
@@ -25,37 +25,7 @@ def logits(model, batch):
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
-# What is adapted ------------------------------------------------------------------------------
-
-
-def test_default_targets_are_the_feed_forward_linears(make_remix):
-    model = make_remix()
-    names = {name.removeprefix("base_model.model.") for name in adapters(model)}
-    assert names == {
-        f"model.layers.{i}.mlp.{p}" for i in range(2) for p in ("gate_proj", "up_proj", "down_proj")
-    }
-    assert isinstance(model.base_model, ReMixModel)
-    assert set(find_sites(model)) == set(adapters(model))
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    kinds = ("remix_lora_A.default", "remix_lora_B.default", "remix_router.default")
-    assert trained == {f"{name}.{kind}" for name in adapters(model) for kind in kinds}
-
-
-@pytest.mark.parametrize(
-    ("config", "count"),
-    [
-        ({"target_modules": "all-linear"}, 14),
-        ({"target_modules": ["q_proj", "down_proj"]}, 4),
-        ({"target_modules": r".*layers\.1\.mlp\.(up|gate)_proj"}, 2),
-        ({"layers_to_transform": [0]}, 3),
-        ({"exclude_modules": ["up_proj"]}, 4),
-    ],
-    ids=["all-linear", "names", "regex", "layers", "exclude"],
-)
-def test_targets_may_be_chosen(config, count, make_remix, make_batch):
-    model = make_remix(**config)
-    assert len(adapters(model)) == count
-    assert logits(model, make_batch()).isfinite().all()
+# Sizes, and PEFT's LoRA -----------------------------------------------------------------------
 
 
 def test_parameter_counts(make_remix):
@@ -311,17 +281,6 @@ def test_autocast(dropout, make_llama, make_remix, make_batch, sampled_loss, tak
     assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in grads.values())
 
 
-def test_dropout_and_hooks_take_the_unfused_path(make_remix, make_batch, assert_same):
-    """A hook on the frozen linear must run, and changes nothing else."""
-    model, batch = make_remix().eval(), make_batch()
-    want = logits(model, batch)
-    calls = []
-    for layer in adapters(model).values():
-        layer.base_layer.register_forward_hook(lambda *args: calls.append(args[0]))
-    assert_same(logits(model, batch), want, 1e-12)
-    assert len(calls) == 6
-
-
 @pytest.mark.parametrize("bias", ["none", "all", "remix_only"])
 def test_bias(bias, make_llama, make_remix, make_batch, sampled_loss):
     base = make_llama(mlp_bias=True, attention_bias=True)
@@ -381,6 +340,29 @@ def test_runtime_config_reaches_the_layers(make_remix, make_batch, assert_same):
             "default": ReMixRuntimeConfig(**runtime)
         }
         assert_same(logits(model, batch), want, 1e-12)
+
+
+def test_each_adapter_has_its_own_runtime(make_remix, make_batch, monkeypatch):
+    """A second adapter's backend and strategy are not the first one's."""
+    import remix_model.layer
+
+    used = []
+    run = remix_model.layer.routed_linear
+
+    def spy(*args, **options):
+        used.append((options["backend"], options["strategy"]))
+        return run(*args, **options)
+
+    monkeypatch.setattr(remix_model.layer, "routed_linear", spy)
+    model, batch = make_remix(runtime_config={"strategy": "gather"}).eval(), make_batch()
+    config = {"r": 2, "num_experts": 4, "top_k": 2}
+    model.add_adapter("other", ReMixConfig(**config, runtime_config={"backend": "reference"}))
+    want = {"default": ("auto", "gather"), "other": ("reference", "auto")}
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        used.clear()
+        logits(model, batch)
+        assert set(used) == {want[name]}
 
 
 def test_paper_defaults():
