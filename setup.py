@@ -9,7 +9,7 @@ setup(
     long_description=(
         "ReMix puts a pool of LoRAs beside a frozen linear layer and trains a router that picks a "
         "few of them for each token. `remix_kernels` holds the routed low-rank matmuls; "
-        "`remix_model` is the PEFT method with its routers, RLOO gradients and trainers; `remix` is "
+        "`remix_model` is the PEFT method: routers, RLOO gradients, trainers; `remix` is "
         "the command line."
     ),
     long_description_content_type="text/markdown",

@@ -49,7 +49,7 @@ def shrink(where: str, itemsize: int, columns: int) -> Config:
     """A few columns of a long product: x A^T, dy B."""
     if where == "interpreter":
         return {"BLOCK_M": 32, "BLOCK_R": min(32, padded(columns)), "BLOCK_K": 32}
-    block_r = min(64 if itemsize == 4 else 128, padded(columns))
+    block_r = min(32 if itemsize == 4 else 128, padded(columns))
     return {
         "BLOCK_M": 64,
         "BLOCK_R": block_r,
@@ -59,12 +59,15 @@ def shrink(where: str, itemsize: int, columns: int) -> Config:
     }
 
 
-def expand(where: str, itemsize: int, inner: int, fused: bool) -> Config:
-    """A tile of y: the low-rank columns, after the frozen GEMM's where that is fused."""
+def expand(where: str, itemsize: int, inner: int, *, fused: bool, aligned: bool) -> Config:
+    """A tile of y: the low-rank columns, after the frozen GEMM's where that is fused.
+
+    Rows of y that are not aligned to 16 bytes take an address a number, and so smaller tiles.
+    """
     if where == "interpreter":
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_R": 16, "GROUP_M": 2}
     block_r = min(32 if itemsize == 4 else 64, padded(inner))
-    if itemsize == 4:
+    if itemsize == 4 or not aligned:
         tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4}
     elif fused and where in ("sm_90", "sm_100"):
         tile = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8}
@@ -92,20 +95,20 @@ def grouped_shrink(where: str, itemsize: int, rank: int) -> Config:
         return {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_K": 32}
     return {
         "BLOCK_M": 64,
-        "BLOCK_R": min(64 if itemsize == 4 else 128, padded(rank)),
+        "BLOCK_R": min(32 if itemsize == 4 else 128, padded(rank)),
         "BLOCK_K": 32 if itemsize == 4 else 64,
         "num_warps": 4,
         "num_stages": 3,
     }
 
 
-def grouped_expand(where: str, itemsize: int, rank: int) -> Config:
+def grouped_expand(where: str, itemsize: int, rank: int, *, aligned: bool) -> Config:
     """One expert's rank-sized pairs to a tile of y."""
     if where == "interpreter":
         return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16}
     return {
         "BLOCK_M": 64,
-        "BLOCK_N": 64 if itemsize == 4 else 128,
+        "BLOCK_N": 128 if itemsize == 2 and aligned else 64,
         "BLOCK_R": min(32 if itemsize == 4 else 64, padded(rank)),
         "num_warps": 4,
         "num_stages": 2,
@@ -124,6 +127,11 @@ def grouped_gram(where: str, itemsize: int, rank: int) -> Config:
         "num_warps": 4,
         "num_stages": 3,
     }
+
+
+def aligned(y: torch.Tensor) -> bool:
+    """Whether every row of y begins at 16 bytes."""
+    return y.shape[1] * y.element_size() % 16 == 0
 
 
 def gather_shrink(where: str, rank: int) -> Config:

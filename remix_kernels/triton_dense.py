@@ -558,7 +558,9 @@ def expand(
     first, second = (x, weight) if fused else (hidden, hidden)
     assert first is not None and second is not None
     start = y if base is None else base
-    config = _configs.expand(_configs.arch(y.device), y.element_size(), R, fused)
+    config = _configs.expand(
+        _configs.arch(y.device), y.element_size(), R, fused=fused, aligned=_configs.aligned(y)
+    )
     launch(
         _dense_fwd_expand_kernel,
         (triton.cdiv(P, config["BLOCK_M"]) * triton.cdiv(out, config["BLOCK_N"]),),

@@ -207,7 +207,7 @@ def _grouped_shrink_kernel(
             tl.store(dot_ptr + pair, product_s.to(dot_ptr.dtype.element_ty), mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot"])
 def _grouped_expand_kernel(
     h_ptr,  # [PAIRS, r]
     b_ptr,  # [n, N_OUT, r] by strides
@@ -512,7 +512,12 @@ def expand(
 ) -> None:
     """y[p] = base[p] + sum over slots of B_i hidden[q], a pass a slot; base may be y itself."""
     n, P = lora_B.shape[0], y.shape[0]
-    config = _configs.grouped_expand(_configs.arch(y.device), y.element_size(), hidden.shape[1])
+    config = _configs.grouped_expand(
+        _configs.arch(y.device),
+        y.element_size(),
+        hidden.shape[1],
+        aligned=_configs.aligned(y),
+    )
     ends = tile_ends(pairs, top_k, config["BLOCK_M"], by_slot=True)
     for slot in range(top_k):
         start = base if slot == 0 else y

@@ -1,0 +1,255 @@
+"""Bytes that every Triton kernel loads and stores, as formulas of its launch.
+
+    python -m benchmarks.traffic        each pass at Llama-3-8B shapes: bytes, and over the floor
+
+A formula counts what unmasked lanes load and store of floating-point data, tile re-reads included:
+an operand that every column block reads anew counts once a column block, wherever the cache serves
+it from. tests/remix_kernels/test_triton_traffic.py counts the same in the interpreter and finds
+equal numbers, so these are facts about the kernels, on any machine. The floor of a pass is each
+input once and each output once.
+
+Bookkeeping in integers (indices, offsets) is left out; it is below a percent at these shapes.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # nothing is compiled here
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from remix_kernels import _configs, triton_dense, triton_gather, triton_grouped
+from remix_kernels._launch import observe
+from remix_kernels._routed import Call, Needs, Strategy
+
+Arguments = dict[str, Any]
+cdiv = triton.cdiv
+
+
+def size(tensor: Tensor) -> int:
+    """Bytes of an element."""
+    return tensor.element_size()
+
+
+def dense_shrink(a: Arguments) -> int:
+    """x once a column block, A once a row block; H for every selection."""
+    T, K, R, M = a["T"], a["K_IN"], a["R"], a["num_selections"]
+    columns, rows = cdiv(R, a["BLOCK_R"]), cdiv(T, a["BLOCK_M"])
+    loads = size(a["x_ptr"]) * T * K * columns + size(a["a_ptr"]) * R * K * rows
+    loads += size(a["weights_ptr"]) * M * T * a["TOP_K"] * columns * a["HAS_WEIGHTS"]
+    return loads + size(a["h_ptr"]) * M * T * R + size(a["s_ptr"]) * T * R * a["KEEP_S"]
+
+
+def dense_expand(a: Arguments) -> int:
+    """x and H once a column block, W and B once a row block; base and y once."""
+    P, K, N, R = a["P"], a["K_IN"], a["N_OUT"], a["R"]
+    columns, rows = cdiv(N, a["BLOCK_N"]), cdiv(P, a["BLOCK_M"])
+    loads = size(a["h_ptr"]) * P * R * columns + size(a["b_ptr"]) * R * N * rows
+    if a["HAS_FROZEN"]:
+        loads += size(a["x_ptr"]) * P * K * columns + size(a["w_ptr"]) * N * K * rows
+    loads += size(a["bias_ptr"]) * N * rows * a["HAS_BIAS"]
+    return loads + size(a["base_ptr"]) * P * N * a["HAS_BASE"] + size(a["y_ptr"]) * P * N
+
+
+def dense_dh(a: Arguments) -> int:
+    """dy once a column block, B once a row block and selection."""
+    T, N, R, M = a["T"], a["N_OUT"], a["R"], a["num_selections"]
+    columns, rows = cdiv(R, a["BLOCK_R"]), cdiv(T, a["BLOCK_M"])
+    loads = size(a["dy_ptr"]) * M * T * N * columns + size(a["b_ptr"]) * R * N * rows * M
+    loads += size(a["weights_ptr"]) * M * T * a["TOP_K"] * columns * a["HAS_WEIGHTS"]
+    return loads + size(a["ds_ptr"]) * T * R + size(a["dh_ptr"]) * M * T * R * a["KEEP_DH"]
+
+
+def dense_gram(a: Arguments) -> int:
+    """u once a column block of v, v once a row block of u; a result a plane."""
+    P, R, D = a["P"], a["R"], a["D"]
+    loads = size(a["u_ptr"]) * P * R * cdiv(D, a["BLOCK_N"])
+    loads += size(a["v_ptr"]) * P * D * cdiv(R, a["BLOCK_R"])
+    return loads + size(a["g_ptr"]) * cdiv(P, a["plane_rows"]) * R * D
+
+
+def dense_sum(a: Arguments) -> int:
+    """Every plane once, the result once."""
+    return a["SIZE"] * (4 * a["num_planes"] + size(a["g_ptr"]))
+
+
+def dense_dweights(a: Arguments) -> int:
+    """The chosen experts' dH and S once."""
+    pairs = a["P"] * a["TOP_K"]
+    return pairs * a["rank"] * (size(a["dh_ptr"]) + size(a["s_ptr"])) + pairs * size(
+        a["dweights_ptr"]
+    )
+
+
+def grouped_shrink(a: Arguments) -> int:
+    """x once a pair and column block, an expert's A once a tile of its pairs."""
+    pairs, K, r = a["h_ptr"].shape[0], a["K_IN"], a["rank"]
+    loads = size(a["x_ptr"]) * pairs * K * cdiv(r, a["BLOCK_R"])
+    loads += size(a["a_ptr"]) * r * K * tiles(a)
+    loads += size(a["weights_ptr"]) * pairs * a["HAS_WEIGHTS"] + 4 * pairs * r * a["DOT_S"]
+    stores = size(a["h_ptr"]) * pairs * r + 4 * pairs * r * a["KEEP_S"]
+    return loads + stores + size(a["dot_ptr"]) * pairs * a["DOT_S"]
+
+
+def grouped_expand(a: Arguments) -> int:
+    """One slot: H once a column block, an expert's B once a tile; y read and written."""
+    P, N, r = a["y_ptr"].shape[0], a["N_OUT"], a["rank"]
+    loads = size(a["h_ptr"]) * P * r * cdiv(N, a["BLOCK_N"]) + size(a["b_ptr"]) * r * N * tiles(a)
+    return loads + size(a["base_ptr"]) * P * N * a["HAS_BASE"] + size(a["y_ptr"]) * P * N
+
+
+def grouped_gram(a: Arguments) -> int:
+    """u once a column block, v once a pair and row block; a result a chunk."""
+    pairs, r, D = a["u_ptr"].shape[0], a["rank"], a["D"]
+    loads = size(a["u_ptr"]) * pairs * r * cdiv(D, a["BLOCK_N"])
+    loads += size(a["v_ptr"]) * pairs * D * cdiv(r, a["BLOCK_R"])
+    return loads + 4 * tiles(a) * r * D
+
+
+def grouped_sum(a: Arguments) -> int:
+    """Every chunk once, the result once."""
+    return a["SIZE"] * (4 * tiles(a) + size(a["g_ptr"]) * a["g_ptr"].shape[0])
+
+
+def gather_shrink(a: Arguments) -> int:
+    """The chosen A once; x once a pair and rank block."""
+    pairs, K, r = a["h_ptr"].shape[0] * a["TOP_K"], a["K_IN"], a["rank"]
+    blocks = cdiv(r, a["BLOCK_R"])
+    loads = size(a["x_ptr"]) * pairs * K * blocks + size(a["a_ptr"]) * pairs * r * K
+    return loads + size(a["weights_ptr"]) * pairs * blocks * a["HAS_WEIGHTS"] + 4 * pairs * r
+
+
+def gather_expand(a: Arguments) -> int:
+    """The chosen B once; h once a column block."""
+    P, N, r = a["y_ptr"].shape[0], a["N_OUT"], a["rank"]
+    loads = 4 * P * a["TOP_K"] * r * cdiv(N, a["BLOCK_N"])
+    loads += size(a["b_ptr"]) * P * a["TOP_K"] * r * N
+    return loads + size(a["base_ptr"]) * P * N * a["HAS_BASE"] + size(a["y_ptr"]) * P * N
+
+
+def sample(a: Arguments) -> int:
+    """The logits once (the draws are integers)."""
+    return size(a["logits_ptr"]) * a["T"] * a["N_EXPERTS"]
+
+
+def log_prob(a: Arguments) -> int:
+    """The logits once, a number a row."""
+    return sample(a) + 4 * a["T"]
+
+
+def log_prob_grad(a: Arguments) -> int:
+    """The logits and their gradient once, a number a row."""
+    return log_prob(a) + size(a["dlogits_ptr"]) * a["T"] * a["N_EXPERTS"]
+
+
+FORMULAS: dict[str, Callable[[Arguments], int]] = {
+    "_dense_fwd_shrink_kernel": dense_shrink,
+    "_dense_fwd_expand_kernel": dense_expand,
+    "_dense_bwd_dh_kernel": dense_dh,
+    "_dense_bwd_gram_kernel": dense_gram,
+    "_dense_bwd_sum_kernel": dense_sum,
+    "_dense_bwd_dweights_kernel": dense_dweights,
+    "_grouped_sort_count_kernel": lambda a: 0,
+    "_grouped_sort_scatter_kernel": lambda a: 0,
+    "_grouped_shrink_kernel": grouped_shrink,
+    "_grouped_expand_kernel": grouped_expand,
+    "_grouped_bwd_gram_kernel": grouped_gram,
+    "_grouped_bwd_sum_kernel": grouped_sum,
+    "_gather_fwd_shrink_kernel": gather_shrink,
+    "_gather_fwd_expand_kernel": gather_expand,
+    "_sample_top_k_fwd_kernel": sample,
+    "_log_prob_fwd_kernel": log_prob,
+    "_log_prob_bwd_kernel": log_prob_grad,
+}
+
+
+def tiles(a: Arguments) -> int:
+    """Tiles that have pairs. Uniform routing is assumed on meta tensors, which hold no counts."""
+    ends = a["ends_ptr"]
+    if ends.device.type != "meta":
+        return int(ends.reshape(-1)[-1])
+    n = ends.shape[-1]
+    if "slot" in a:
+        return n * cdiv(a["y_ptr"].shape[0], n * a["BLOCK_M"])
+    pairs = a["order_ptr"].shape[0] if "order_ptr" in a else a["planes_ptr"].shape[0] * 0
+    return n * cdiv(pairs, n * a.get("CHUNK", a.get("BLOCK_M"))) if pairs else n
+
+
+def passes(
+    strategy: Strategy, call: Call, dy: Tensor, backward: bool = True
+) -> dict[str, tuple[int, int]]:
+    """(bytes by formula, launches) of the adapters' kernels, forward and backward."""
+    result = {}
+    seen: list[int] = []
+
+    def note(kernel: Any, grid: tuple[int, ...], arguments: Arguments) -> bool:
+        seen.append(FORMULAS[kernel.fn.__name__](arguments))
+        return False
+
+    with observe(note), torch.no_grad():
+        kept = strategy.prepare(call, False)
+        strategy.forward(call, kept)
+        result["forward"] = (sum(seen), len(seen))
+        if backward:
+            seen.clear()
+            strategy.backward(call, kept, dy, Needs(True, True, True, False))
+            result["backward"] = (sum(seen), len(seen))
+    return result
+
+
+def floors(call: Call, dy: Tensor) -> dict[str, int]:
+    """Each input once, each output once; y and dx hold the frozen part: read and written."""
+    x, A, B = call.x, call.lora_A, call.lora_B
+    weights = size(A) * A.numel() + size(B) * B.numel()
+    wide = size(x) * (x.numel() + 2 * dy.numel())
+    return {
+        "forward": wide + weights,
+        "backward": size(x) * (3 * x.numel() + dy.numel()) + 2 * weights,
+    }
+
+
+SHAPES = [  # Llama-3-8B: rows, in, out, n, k, r
+    (16384, 4096, 14336, 8, 4, 8),
+    (16384, 14336, 4096, 8, 4, 8),
+    (16384, 4096, 14336, 32, 2, 16),
+    (16384, 4096, 14336, 64, 2, 64),
+    (1, 4096, 14336, 8, 4, 8),
+]
+
+
+def main() -> None:
+    """Print the table."""
+    _configs.arch = lambda device: "sm_90"
+    strategies = {
+        "dense": triton_dense.DENSE,
+        "grouped": triton_grouped.GROUPED,
+        "gather": triton_gather.GATHER,
+    }
+    print("| shape | strategy | pass | MiB | over the floor | launches |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for T, d, o, n, k, r in SHAPES:
+        half = {"dtype": torch.bfloat16, "device": "meta"}
+        index = torch.empty(T, k, dtype=torch.int32, device="meta")
+        A, B = torch.empty(n, r, d, **half), torch.empty(n, r, o, **half).transpose(1, 2)
+        base, dy = torch.empty(T, o, **half), torch.empty(T, o, **half)
+        call = Call(torch.empty(T, d, **half), None, None, base, A, B, index, 0.5)
+        floor = floors(call, dy)
+        for name, strategy in strategies.items():
+            if name == "gather" and T > 64:
+                continue
+            for which, (moved, launches) in passes(strategy, call, dy, name != "gather").items():
+                shape = f"T{T} {d}→{o} n{n} k{k} r{r}"
+                print(
+                    f"| {shape} | {name} | {which} | {moved / 2**20:.0f} "
+                    f"| {moved / floor[which]:.2f} | {launches} |"
+                )
+
+
+if __name__ == "__main__":
+    main()
