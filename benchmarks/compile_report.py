@@ -9,9 +9,9 @@ would run: same arguments, same specialisation, same configuration. A row says r
 bytes, shared memory, tensor-core instructions, 128-bit and narrower global accesses, and how many
 programs fit on one multiprocessor by those figures.
 
-`--check` fails on: a configuration that does not compile, a spill in 16 bits, a 16-bit matrix product without
-tensor cores, more shared memory than the target has, and narrow global reads in a kernel that reads
-tiles whose rows are aligned and at least 16 bytes long.
+`--check` fails on: a configuration that does not compile, a spill in 16 bits, a 16-bit matrix
+product without tensor cores, more shared memory than the target has, and no 128-bit access in a
+product whose rows are aligned.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -105,7 +106,9 @@ class RunConfig:
     router_type: str = _option("remix", "method", "how experts are chosen", ("remix",))
     router_init_range: float = _option(0.02, "method", "standard deviation of the router's start")
     router_temperature: float = _option(1.0, "method", "divides the router's logits")
-    backend: str = _option("auto", "method", "of the routed ops", ("auto", "torch", "reference"))
+    backend: str = _option(
+        "auto", "method", "of the routed ops", ("auto", "torch", "triton", "reference")
+    )
 
     # How it learns.
     num_selections: int = _option(4, "training", "sampled selections per input (M), at least 2")
@@ -259,7 +262,10 @@ def absolute_path(key: str, value: Any) -> Any:
     if key not in _PATHS or not isinstance(value, str):
         return value
     path = Path(value).expanduser()
-    return str(path.absolute()) if path.exists() else value
+    if not path.exists():
+        return value
+    path = path.absolute()
+    return str(path.parent.resolve() / path.name)  # the name of a link tells a file's format
 
 
 def write_yaml(config: RunConfig, path: Path) -> None:
@@ -282,7 +288,17 @@ def write_yaml(config: RunConfig, path: Path) -> None:
         ),
     )
     text = yaml.dump(values, Dumper=Dumper, sort_keys=False, width=1000)
-    path.write_text(CONFIG_HEADER + text, encoding="utf-8")
+    write_text(CONFIG_HEADER + text, path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write under a temporary name and rename it, so that readers see all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_value(key: str, value: Any) -> Any:

@@ -38,7 +38,11 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     ]
     rows.append(("CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"))
     rows.extend(_devices())
-    rows.append(("default backend", resolve_backend("auto", torch.empty(0, device=_device()))))
+    try:
+        backend = resolve_backend("auto", torch.empty(0, device=_device()))
+    except ValueError as error:  # a setting that is wrong is what a report is for
+        backend = f"none: {error}"
+    rows.append(("default backend", backend))
     rows.extend(
         (name, value) for name, value in sorted(os.environ.items()) if name.startswith("REMIX_")
     )

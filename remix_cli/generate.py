@@ -13,7 +13,13 @@ from transformers import TextStreamer, set_seed
 
 from remix_cli.answers import answer
 from remix_cli.display import console
-from remix_cli.prepare import adapter_config, adapter_folder, load_adapter, quiet_libraries
+from remix_cli.prepare import (
+    adapter_config,
+    adapter_folder,
+    check_vocabulary,
+    load_adapter,
+    quiet_libraries,
+)
 from remix_model.data import Example
 from remix_model.tokens import prompt_ids
 
@@ -34,6 +40,7 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     model, tokenizer = load_adapter(folder, config)
     for prompt in prompts:
         ids = prompt_ids(_example(prompt, args.chat), tokenizer)
+        check_vocabulary(max(ids, default=0), config, model.config)
         for title, is_base in (("base model", True), ("with the adapter", False)):
             if is_base and not args.compare:
                 continue

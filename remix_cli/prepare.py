@@ -16,7 +16,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from remix_cli.config import RunConfig, build_config, option_fields, read_yaml
-from remix_cli.run_folder import CONFIG_FILE, check_output_dir, is_run
+from remix_cli.display import console
+from remix_cli.run_folder import CONFIG_FILE, check_output_dir, checkpoint_to_resume, is_run
+from remix_kernels._dispatch import resolve_backend
 from remix_model.data import Example, load_examples, split_examples
 from remix_model.models import load_config, load_model, load_tokenizer, resolve_device
 from remix_model.tokens import tokenize
@@ -39,6 +41,7 @@ class Plan:
     held_out: list[Example]
     held_out_rows: list[dict[str, list[int]]]  # shortest first: less padding, the same mean
     num_examples: int  # before any were dropped as too long
+    checkpoint: Path | None  # to resume from
 
 
 def prepare(config: RunConfig, *, check_folder: bool = True) -> Plan:
@@ -52,9 +55,14 @@ def prepare(config: RunConfig, *, check_folder: bool = True) -> Plan:
         ValueError: Something does not fit: with the option or the line of the data.
         OSError: A file cannot be read.
     """
+    folder, checkpoint = Path(config.output_dir).expanduser(), None
     if check_folder:
-        folder = Path(config.output_dir).expanduser()
         check_output_dir(folder, overwrite=config.overwrite, resume=config.resume)
+    if config.resume:
+        checkpoint, damages = checkpoint_to_resume(folder)
+        for damage in damages:
+            console.print(f"{damage}: continuing from an older checkpoint")
+    check_backend(config)
     adapter, arguments = method_config(config), training_arguments(config)
     examples, held_out = read_data(config)
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
@@ -74,7 +82,13 @@ def prepare(config: RunConfig, *, check_folder: bool = True) -> Plan:
         held_out,
         held_out_rows,
         len(examples),
+        checkpoint,
     )
+
+
+def check_backend(config: RunConfig) -> None:
+    """Raise ValueError unless the backend, which REMIX_BACKEND may name, is there."""
+    resolve_backend(config.backend, torch.empty(0, device=resolve_device(config.device)))
 
 
 def read_data(config: RunConfig) -> tuple[list[Example], list[Example]]:
@@ -120,14 +134,18 @@ def encode(
         long_examples=config.long_examples,
         train_on=config.train_on,
     )
-    largest = max(max(row["input_ids"]) for row in rows)
+    check_vocabulary(max(max(row["input_ids"]) for row in rows), config, model_config)
+    return rows
+
+
+def check_vocabulary(largest: int, config: RunConfig, model_config: PretrainedConfig) -> None:
+    """Raise ValueError for a token that the model does not know."""
     vocabulary = getattr(model_config, "vocab_size", None)
     if vocabulary is not None and largest >= vocabulary:
         raise ValueError(
             f"the tokenizer makes token {largest} and the model {config.model!r} knows "
             f"{vocabulary} tokens: they do not belong together"
         )
-    return rows
 
 
 def method_config(config: RunConfig) -> ReMixConfig:
@@ -286,6 +304,7 @@ def adapter_config(folder: Path, overrides: Mapping[str, Any]) -> RunConfig:
 
 def load_adapter(folder: Path, config: RunConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load the base model, the adapter on it, and the tokenizer."""
+    check_backend(config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     adapted = PeftModel.from_pretrained(
         load_base(config), folder, runtime_config={"backend": config.backend}

@@ -12,6 +12,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from remix_cli.config import (
     build_config,
     option_fields,
     read_yaml,
+    write_text,
     write_yaml,
 )
 
@@ -46,13 +48,15 @@ _RUN_FILES = (
     "merges.txt",
     CONFIG_FILE,  # last: until it is gone the folder is still known as a run's
 )
-_REPLACED = ".replaced-run"
+_REPLACED = ".replaced-run"  # waits here until the run that replaces it has done a step
+_REMOVED = ".removed-run"  # and is removed here: half a run must never be brought back
 # What training must find in a checkpoint to go on as if it had never stopped.
 _CHECKPOINT_FILES = (
     "adapter_model.safetensors",
     "adapter_config.json",
     "optimizer.pt",
     "scheduler.pt",
+    "rng_state*.pth",  # one for each process
     "trainer_state.json",  # the last file that is written
 )
 # A resumed run may be longer and be logged otherwise; all else would make it another run.
@@ -76,7 +80,23 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> None:
         raise ValueError("--overwrite and --resume exclude each other: give one of them")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file: choose a folder")
+    replaced = folder / _REPLACED
+    killed = (
+        f"the run that began in {folder} was killed before its first step: start it again with "
+        f"--overwrite, or move the files of the one that it was to replace back from {replaced}"
+    )
+    whole = {path for _, path in checkpoints(folder)}
+    for path in folder.glob("checkpoint-*"):
+        # Checkpoints that are no longer kept are removed by their names.
+        foreign = path not in whole and not (path / "adapter_config.json").is_file()
+        if foreign and path.is_dir() and any(path.iterdir()):
+            raise ValueError(
+                f"{path} is named like a checkpoint and is none: move it away, or choose another "
+                f"output_dir"
+            )
     if resume:
+        if is_run(replaced):
+            raise ValueError(killed)
         if not is_run(folder):
             raise ValueError(f"there is no run to resume in {folder}: check output_dir")
         if last_checkpoint(folder) is None:
@@ -92,15 +112,9 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> None:
         )
     if not folder.exists() or not any(folder.iterdir()):
         return
-    whole = {path for _, path in checkpoints(folder)}
-    for path in folder.glob("checkpoint-*"):
-        # Checkpoints that are no longer kept are removed by their names.
-        if path.is_dir() and path not in whole and not (path / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{path} is named like a checkpoint and is none: move it away, or choose another "
-                f"output_dir"
-            )
-    if not is_run(folder):
+    if is_run(replaced) and not overwrite:
+        raise ValueError(killed)
+    if not is_run(folder) and not is_run(replaced):
         raise ValueError(
             f"output_dir {folder} holds files that no run wrote: choose a new or empty folder"
         )
@@ -123,37 +137,48 @@ def is_run(folder: Path) -> bool:
 class RunStart:
     """A run's first minutes: until `commit`, `undo` leaves the folder as it was found.
 
-    The run that is to be replaced waits in a hidden folder inside. Should the process die before
-    either call, the next start finds it there.
+    The run that is to be replaced waits in a hidden folder inside. It is whole there when its
+    configuration is there, which goes in last and comes out first. So whenever the process is
+    killed, the next start finds out what is whose.
     """
 
-    def __init__(self, folder: Path, config: RunConfig) -> None:
-        """Put the run that is in `folder` aside and write the new one's configuration."""
+    def __init__(self, folder: Path) -> None:
+        """Touches nothing yet."""
         self._folder = folder
-        self._is_new = not folder.exists()
         self._old = folder / _REPLACED
-        folder.mkdir(parents=True, exist_ok=True)
-        if is_run(folder) and not self._old.exists():
-            self._old.mkdir()
-            for path in _run_paths(folder):
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        self._holds_new = self._committed = False
+
+    def begin(self, config: RunConfig) -> None:
+        """Put the run that is in the folder aside and write the new one's configuration."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._folder / _REMOVED, ignore_errors=True)
+        if is_run(self._folder) and not is_run(self._old):
+            self._old.mkdir(exist_ok=True)
+            for path in _run_paths(self._folder):
                 path.rename(self._old / path.name)
-        else:
-            _remove(folder)
-        write_yaml(config, folder / CONFIG_FILE)
+        self._holds_new = True
+        _remove(self._folder)  # what a start that was killed has left
+        write_yaml(config, self._folder / CONFIG_FILE)
 
     def commit(self) -> None:
         """The new run has done its first step: the old one goes."""
-        shutil.rmtree(self._old, ignore_errors=True)
+        self._committed = True
+        if self._old.exists():
+            removed = self._old.rename(self._folder / _REMOVED)
+            shutil.rmtree(removed, ignore_errors=True)
 
     def undo(self) -> None:
         """The new run failed to start: the old one, or nothing, comes back."""
-        _remove(self._folder)
-        if self._old.exists():
-            for path in self._old.iterdir():
-                path.rename(self._folder / path.name)
-            self._old.rmdir()
-        elif self._is_new and not any(self._folder.iterdir()):
-            self._folder.rmdir()
+        if self._committed:
+            return
+        if self._holds_new:
+            _remove(self._folder)
+        for path in reversed(_run_paths(self._old)):
+            path.rename(self._folder / path.name)
+        for path in (self._old, *self._made):
+            with suppress(OSError):  # it is not there, or it is not empty
+                path.rmdir()
 
 
 def _run_paths(folder: Path) -> list[Path]:
@@ -205,7 +230,7 @@ def checkpoint_to_resume(folder: Path) -> tuple[Path, list[str]]:
 def _damage(checkpoint: Path) -> str | None:
     """Return what keeps a checkpoint from being read, None for a sound one."""
     for name in _CHECKPOINT_FILES:
-        if not (checkpoint / name).is_file():
+        if not any(checkpoint.glob(name)):
             return f"{checkpoint / name} is missing"
     for path in sorted(checkpoint.iterdir()):
         try:
@@ -224,14 +249,8 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def write_json(values: Any, path: Path) -> None:
-    """Write JSON under a temporary name and rename it, so that readers see all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        text = json.dumps(values, indent=2, allow_nan=False)  # NaN is not JSON
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write JSON: all of it or, where a number is not finite (and so not JSON), nothing."""
+    write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", path)
 
 
 def resolve_config(file: str | None, overrides: Mapping[str, Any]) -> RunConfig:
@@ -241,9 +260,10 @@ def resolve_config(file: str | None, overrides: Mapping[str, Any]) -> RunConfig:
         ValueError: As `build_config`; or a resumed run would change what it is computing.
     """
     config = build_config(overrides, file)
-    if not config.resume or not is_run(Path(config.output_dir)):
+    folder = Path(config.output_dir).expanduser()
+    if not config.resume or not is_run(folder):
         return config
-    saved = read_yaml(Path(config.output_dir) / CONFIG_FILE)
+    saved = read_yaml(folder / CONFIG_FILE)
     given = {**(read_yaml(file) if file else {}), **overrides}
     changed = [
         name

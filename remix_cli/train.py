@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from peft import get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from remix_cli.answers import answer
-from remix_cli.config import RunConfig
+from remix_cli.config import RunConfig, write_yaml
 from remix_cli.display import console, print_facts, print_losses, print_routing, print_sample
 from remix_cli.env import peak_memory_mib, versions
 from remix_cli.prepare import Plan, load_base, prepare, quiet_libraries
@@ -22,7 +26,6 @@ from remix_cli.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
     RunStart,
-    checkpoint_to_resume,
     last_checkpoint,
     resolve_config,
     write_json,
@@ -42,47 +45,56 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
     # Everything that can be wrong, before the weights are read or a file is written.
     plan = prepare(config, check_folder=is_main)
-    checkpoint = None
-    if config.resume:
-        checkpoint, damages = checkpoint_to_resume(folder)
-        for damage in damages:
-            console.print(f"{damage}: continuing from an older checkpoint")
-
     with console.status(f"loading {config.model}"):
         set_seed(config.seed)
         model = get_peft_model(load_base(config), plan.adapter)
-    progress = ProgressCallback()
-    trainer = ReMixTrainer(
-        model=model,
-        args=plan.arguments,
-        train_dataset=plan.train_rows,
-        eval_dataset=plan.held_out_rows or None,
-        data_collator=DataCollator.for_tokenizer(plan.tokenizer),
-        processing_class=plan.tokenizer,
-        callbacks=[progress],
-    )
-    trainer.remove_callback(PrinterCallback)
-    start = None
-    if is_main and not config.resume:
-        start = RunStart(folder, config)
-        trainer.add_callback(_FirstStep(start))
+    progress, start = ProgressCallback(), RunStart(folder)
+    callbacks: list[TrainerCallback] = [_StopIfFinished(), progress]
+    if is_main:
+        continued = partial(write_yaml, config, folder / CONFIG_FILE)
+        callbacks.append(_FirstStep(continued if config.resume else start.commit))
     try:
-        _run(config, plan, trainer, progress, folder, checkpoint, is_main)
+        if is_main and not config.resume:
+            start.begin(config)
+        trainer = ReMixTrainer(
+            model=model,
+            args=plan.arguments,
+            train_dataset=plan.train_rows,
+            eval_dataset=plan.held_out_rows or None,
+            data_collator=DataCollator.for_tokenizer(plan.tokenizer),
+            processing_class=plan.tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        _run(config, plan, trainer, progress, folder, is_main)
     except BaseException:
-        if start is not None and trainer.state.global_step == 0:
+        if is_main and not config.resume:
             start.undo()
         raise
 
 
-class _FirstStep(TrainerCallback):
-    """Lets go of the run that is replaced once this one has made a step."""
+class _Finished(Exception):
+    """The checkpoint to resume from is the run's last: there is no step left."""
 
-    def __init__(self, start: RunStart) -> None:
-        self._start = start
+
+class _StopIfFinished(TrainerCallback):
+    """The Trainer's own loop would do one step more."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise _Finished
+
+
+class _FirstStep(TrainerCallback):
+    """Does something after this process's first step: now the run is under way."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action: Callable[[], None] | None = action
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 1:
-            self._start.commit()
+        if self._action is not None:
+            self._action()
+            self._action = None
 
 
 def _run(
@@ -91,7 +103,6 @@ def _run(
     trainer: ReMixTrainer,
     progress: ProgressCallback,
     folder: Path,
-    checkpoint: Path | None,
     is_main: bool,
 ) -> None:
     """Evaluate, train, evaluate again, and write what came out."""
@@ -109,8 +120,8 @@ def _run(
 
     with model.disable_adapter():
         loss_before = _held_out_loss(trainer, "before training")
-    _train(trainer, progress, folder, checkpoint)
-    if progress.steps == 0 and (folder / METRICS_FILE).is_file():
+    _train(trainer, progress, folder, plan.checkpoint)
+    if progress.steps == 0 and _reported_steps(folder) == trainer.state.global_step:
         console.print(f"the run in {folder} was finished already: raise max_steps to go on")
         return
     with record_routing(model) as recorder:
@@ -157,8 +168,9 @@ def _train(
     if checkpoint is not None:
         console.print(f"continuing from {checkpoint}")
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if progress.steps > 0:
+        with suppress(_Finished):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if progress.steps > 0 or _reported_steps(folder) != trainer.state.global_step:
             trainer.save_model(str(folder))  # which looks whether the weights are numbers
     except (FloatingPointError, KeyboardInterrupt) as error:
         left = last_checkpoint(folder)
@@ -170,6 +182,14 @@ def _train(
         raise FloatingPointError(f"training stopped: {error}; {kept}") from error
     finally:
         progress.close()
+
+
+def _reported_steps(folder: Path) -> int | None:
+    """Return the steps of the run whose metrics are in the folder: they are written last."""
+    try:
+        return int(json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["train_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _held_out_loss(trainer: ReMixTrainer, when: str) -> float | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -59,13 +60,14 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
         batch_size=config.per_device_train_batch_size,
         tokens=max(len(row["input_ids"]) for row in rows),
         labelled_tokens=max(sum(label != -100 for label in row["labels"]) for row in rows),
-        experts_width=len(sites) * config.num_experts * (config.r + 1),
+        experts_width=len(sites) * config.num_experts * (config.r + 2),
         gradient_checkpointing=config.gradient_checkpointing,
         activation_bytes=2 if config.bf16 or dtype.itemsize == 2 else 4,
+        on_cpu=device == "cpu",
     )
-    parts = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+    parts = {**asdict(estimate), "total": estimate.total}
     title = f"Estimated memory of a step with M = {config.num_selections} (MiB)"
-    print_facts(title, [(part, round(getattr(estimate, part) / 2**20)) for part in parts])
+    print_facts(title, [(part, round(size / 2**20)) for part, size in parts.items()])
     console.print("the configuration is valid; nothing was changed")
 
 

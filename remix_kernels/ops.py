@@ -263,6 +263,11 @@ def _run(call: Call, backend: str, strategy: str) -> Tensor:
         top_k_weights=weights.reshape(-1, k) if isinstance(weights, Tensor) else weights,
     )
     rows = call.top_k_index.shape[0]
+    if backend == "triton" and torch.compiler.is_compiling():
+        check_strategy(strategy)
+        from remix_kernels import _library
+
+        return _library.routed(call, strategy).view(shape)
     name = resolve_strategy(strategy, rows, call.lora_A, lora_B, k, x.dtype)
     if rows == 0:
         return _no_rows(call).view(shape)

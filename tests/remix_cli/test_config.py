@@ -68,14 +68,25 @@ def test_flags_become_values(argv: list[str], expected: dict[str, object]) -> No
             ["--train-on", "al"],
             "train_on must be one of response, all, got 'al'; did you mean 'all'",
         ),
+        (
+            ["--lr-scheduler-type", "warmup_stable_decay"],
+            "lr_scheduler_type must be one of cosine, linear,",
+        ),
+        (["--lora-alpha", "nan"], "lora_alpha must be a finite number, got nan"),
+        (["--router-temperature", "inf"], "router_temperature must be a finite number, got inf"),
+        (["--eval-size", "nan"], "eval_size must be a finite number, got nan"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--seed", "99999999999"], "seed must be at most 4294967295, got 99999999999"),
+        (["--backend", "vulkan"], "backend must be one of auto, torch,"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
+@pytest.mark.parametrize("command", ["train", "validate"])
 def test_bad_flag_exits_with_one_line(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str], message: str, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        parse(*argv)
+        parse_arguments([command, *argv])
     assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert message in error
@@ -104,13 +115,18 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("logging_steps: 0", r"c\.yaml: logging_steps must be at least 1, got 0"),
         ("device: gpu", r"device must be one of cpu, cuda, got 'gpu'"),
         ("- r", r"must hold `key: value` lines, got list"),
-        ("r: [", r"c\.yaml is not YAML"),
+        ("r: [", r"c\.yaml is not YAML: .* at line 1, column 5"),
+        ("r: 4\nr: 8", r"c\.yaml sets 'r' more than once: keep one of the lines"),
+        ("r: 4\n'r': 8", r"c\.yaml sets 'r' more than once: keep one of the lines"),
+        ("lora_alpha: .nan", r"c\.yaml: lora_alpha must be a finite number, got nan"),
+        pytest.param("model: " + "[" * 5000, r"c\.yaml is not YAML", id="nested-5000-deep"),
     ],
 )
 def test_bad_file_names_key_value_and_fix(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         build_config({}, tmp_path / "c.yaml")
+    assert "<unicode string>" not in str(error.value)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -124,6 +140,22 @@ def test_written_config_reads_back(tmp_path: Path) -> None:
     assert r'prompt_template: "{a}: \"x\"\n"' in (tmp_path / "c.yaml").read_text()
     again = build_config({}, tmp_path / "c.yaml")
     assert asdict(again) == {**asdict(config), "overwrite": False}
+
+
+def test_written_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no path here, a hub id say, is left alone; a link keeps its name and suffix."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "0123abcd").write_text("{}")
+    (tmp_path / "data.jsonl").symlink_to("0123abcd")
+    config = RunConfig(
+        model="../" + tmp_path.name + "/model", dataset="./data.jsonl", eval_dataset="org/name"
+    )
+    write_yaml(config, tmp_path / "c.yaml")
+    written = read_yaml(tmp_path / "c.yaml")
+    assert written["model"] == str(tmp_path / "model")
+    assert written["dataset"] == str(tmp_path / "data.jsonl")
+    assert written["eval_dataset"] == "org/name"
 
 
 @pytest.mark.parametrize("name", ["demo", "own_data", "gsm8k"])

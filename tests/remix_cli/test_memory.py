@@ -1,0 +1,91 @@
+"""The estimate of memory against what torch allocates for a step, as its profiler counts it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from remix_cli.memory import estimate_memory
+from remix_model import ReMixConfig, sample_routing, token_losses
+
+NUM_SELECTIONS, BATCH, TOKENS, LABELLED = 2, 4, 128, 64
+NUM_EXPERTS, R = 8, 8
+
+
+def adapted_llama(dtype: torch.dtype, **shape: int) -> Any:
+    config = LlamaConfig(
+        hidden_size=192,
+        intermediate_size=512,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        **shape,
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    adapter = ReMixConfig(task_type="CAUSAL_LM", r=R, num_experts=NUM_EXPERTS, top_k=4)
+    return get_peft_model(model, adapter).train()
+
+
+def step(model: Any) -> None:
+    input_ids = torch.randint(0, model.config.vocab_size, (BATCH, TOKENS))
+    labels = input_ids.masked_fill(torch.arange(TOKENS) < TOKENS - LABELLED, -100)
+    with sample_routing(model, NUM_SELECTIONS, seed=0) as routing:
+        batch = routing.expand({"input_ids": input_ids, "labels": labels})
+        losses, mask = token_losses(model, batch)
+        loss = routing.loss(losses, mask, float(BATCH * LABELLED))
+    loss.backward()
+
+
+def allocated_at_most(model: Any) -> int:
+    """Bytes of tensors that a step adds, at its peak."""
+    step(model)
+    model.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(model)
+    events = profiler.profiler.kineto_results.events()
+    events = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    now = peak = 0
+    for event in events:
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("layers", "vocabulary", "dtype", "checkpointing"),
+    [
+        (6, 512, torch.float32, False),
+        (2, 16384, torch.float32, False),
+        (6, 512, torch.bfloat16, False),
+        (8, 4096, torch.float32, True),
+    ],
+    ids=["deep", "wide-vocabulary", "bf16", "checkpointing"],
+)
+def test_estimate_is_near_what_torch_allocates(
+    layers: int, vocabulary: int, dtype: torch.dtype, checkpointing: bool
+) -> None:
+    model = adapted_llama(dtype, num_hidden_layers=layers, vocab_size=vocabulary)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    estimate = estimate_memory(
+        model,
+        num_selections=NUM_SELECTIONS,
+        batch_size=BATCH,
+        tokens=TOKENS,
+        labelled_tokens=LABELLED,
+        experts_width=3 * layers * NUM_EXPERTS * (R + 2),
+        gradient_checkpointing=checkpointing,
+        activation_bytes=dtype.itemsize,
+        on_cpu=True,
+    )
+    tensors = estimate.activations + estimate.logits + estimate.gradients
+    assert allocated_at_most(model) == pytest.approx(tensors, rel=0.25)
+    assert estimate.total == tensors + sum(
+        (estimate.weights, estimate.optimizer, estimate.allocator, estimate.process)
+    )
