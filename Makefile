@@ -14,13 +14,13 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.t
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-gpu demo lint format bench clean
+.PHONY: help venv test test-gpu demo lint format bench bench-gpu compile-report clean
 
 help:  ## show this list
 	@echo "make TARGET [ARGS='...']   ARGS goes to the command behind test, test-gpu, demo and bench"
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' Makefile | \
-		while IFS='|' read -r target text; do printf '  %-10s %s\n' "$$target" "$$text"; done
+		while IFS='|' read -r target text; do printf '  %-14s %s\n' "$$target" "$$text"; done
 	@echo
 	@echo "make venv PYTHON=python3.12          another interpreter (after rm -rf .venv)"
 	@echo "make venv PIP_ARGS='--index-url U'   more options for pip"
@@ -66,6 +66,13 @@ format: $(STAMP)  ## mend style and format in place
 
 bench: $(STAMP)  ## measure the kernels on this machine
 	$(PY) -m benchmarks.run $(ARGS)
+
+bench-gpu: $(STAMP)  ## test and measure the kernels on this machine's GPU
+	$(PY) -m pytest -m gpu tests/remix_kernels/test_triton_gpu.py
+	$(PY) -m benchmarks.bench_gpu $(ARGS)
+
+compile-report: $(STAMP)  ## compile the Triton kernels for GPUs that are not here, and check them
+	$(PY) -m benchmarks.compile_report --check $(ARGS)
 
 clean:  ## remove caches and build output; .venv and runs stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

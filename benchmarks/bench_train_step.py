@@ -8,7 +8,7 @@ A ReMix step runs M selections, so its time is divided by M: "per selection". `f
 inputs x M = 4 in one pass of 32 sequences; `separate` the same number of sequences as four passes.
 Unit: s a step, tokens/s.
 
-    python -m benchmarks.bench_train_step [--rounds 5] [--skip-generate] [--no-save]
+    python -m benchmarks.bench_train_step [--rounds 5] [--parts step fold generate] [--no-save]
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--label-share", type=float, default=0.5)
-    parser.add_argument("--skip-generate", action="store_true")
+    parser.add_argument(
+        "--parts", nargs="+", default=["step", "fold", "generate"], help="what to measure"
+    )
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
@@ -136,19 +138,21 @@ def main() -> None:
     shape = f"{BATCH}x{LENGTH}-n{N}-k{K}-r{R}-labels{args.label_share:g}"
     rows: list[dict[str, object]] = []
     one = batch_of(BATCH, args.label_share)
-    steps = {
-        "lora_kr": lora_step(lora, one),
-        "remix_M2": remix_step(remix, one, 2),
-        "remix_M4": remix_step(remix, one, 4),
-    }
-    times = interleaved(steps, args.rounds, warmup=1)
-    report(rows, f"step {shape}", times, {"remix_M2": 2, "remix_M4": 4})
-    folds = {
-        "separate": remix_step(remix, batch_of(2 * BATCH, args.label_share), 2, passes=4),
-        "folded": remix_step(remix, one, 4),
-    }
-    report(rows, f"fold {shape}", interleaved(folds, args.rounds, warmup=1), {})
-    if not args.skip_generate:
+    if "step" in args.parts:
+        steps = {
+            "lora_kr": lora_step(lora, one),
+            "remix_M2": remix_step(remix, one, 2),
+            "remix_M4": remix_step(remix, one, 4),
+        }
+        times = interleaved(steps, args.rounds, warmup=1)
+        report(rows, f"step {shape}", times, {"remix_M2": 2, "remix_M4": 4})
+    if "fold" in args.parts:
+        folds = {
+            "separate": remix_step(remix, batch_of(2 * BATCH, args.label_share), 2, passes=4),
+            "folded": remix_step(remix, one, 4),
+        }
+        report(rows, f"fold {shape}", interleaved(folds, args.rounds, warmup=1), {})
+    if "generate" in args.parts:
         runs = {"lora_kr": generation(lora), "remix": generation(remix)}
         times = interleaved(runs, args.rounds, warmup=1)
         report(rows, f"generate {NEW_TOKENS} tokens-n{N}-k{K}-r{R}", times, {})

@@ -107,8 +107,8 @@ def start_output(call: Call) -> Tensor:
         return call.base.clone()
     if call.weight is None:
         return x.new_zeros(rows, call.lora_B.shape[1])
-    bias = None if call.bias is None else call.bias.to(x.dtype)
-    y = torch.nn.functional.linear(x, call.weight.to(x.dtype), bias)
+    bias = None if call.bias is None else cast(call.bias, x.dtype)
+    y = torch.nn.functional.linear(x, cast(call.weight, x.dtype), bias)
     return y if rows == x.shape[0] else y.repeat(rows // x.shape[0], 1)
 
 
@@ -122,8 +122,16 @@ def frozen_dx(call: Call, dy: Tensor) -> Tensor:
     return dy @ call.weight.to(x.dtype)
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), without the call when it is: at one row, calls are what decoding costs."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Run in the dtypes at hand: the ops choose their own, and autocast would mix them again."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _NOTHING

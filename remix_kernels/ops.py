@@ -23,6 +23,7 @@ from remix_kernels.torch_dense import DENSE
 from remix_kernels.torch_gather import GATHER
 from remix_kernels.torch_grouped import GROUPED
 from remix_kernels.torch_sampling import OrderedLogProb
+from remix_kernels.torch_sampling import log_prob_bwd as torch_log_prob_bwd
 from remix_kernels.torch_sampling import sample_top_k as torch_sample_top_k
 
 TORCH: dict[str, Strategy] = {"dense": DENSE, "grouped": GROUPED, "gather": GATHER}
@@ -43,14 +44,15 @@ def triton_strategies() -> dict[str, Strategy]:
 
 
 @functools.cache
-def _triton_sampling() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """(sample_top_k, ordered log-probability) in Triton, backed by PyTorch."""
+def _triton_sampling() -> tuple[Callable[..., Tensor], ...]:
+    """(sample_top_k, ordered log-probability, its gradient) in Triton, backed by PyTorch."""
     from remix_kernels import triton_sampling
     from remix_kernels._fallback import or_else
 
     return (
         or_else(triton_sampling.sample_top_k_fwd, torch_sample_top_k),
         or_else(triton_sampling.OrderedLogProb.apply, OrderedLogProb.apply),
+        or_else(triton_sampling.log_prob_bwd, torch_log_prob_bwd),
     )
 
 
@@ -251,16 +253,39 @@ def selection_log_prob(
     return log_prob.view(logits.shape[:-1])
 
 
+def selection_log_prob_bwd(
+    logits: Tensor, top_k_index: Tensor, grad: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """grad times the gradient of `selection_log_prob`, for a caller that has its own boundary.
+
+    Args:
+        logits: [T, n].
+        top_k_index: Integer [T, k], not checked.
+        grad: [T], fp32.
+        backend: As in `routed_lora`; "reference" is PyTorch's here.
+
+    Returns:
+        [T, n] in the dtype of logits.
+    """
+    if resolve_backend(backend, logits) == "triton":
+        return _triton_sampling()[2](logits, top_k_index.contiguous(), grad)
+    return torch_log_prob_bwd(logits, top_k_index, grad)
+
+
 def _run(call: Call, backend: str, strategy: str) -> Tensor:
     """Flatten to rows and run one strategy of one backend."""
     x, lora_B, k = call.x, call.lora_B, call.top_k_index.shape[-1]
     shape = (*call.top_k_index.shape[:-1], lora_B.shape[1])
     weights, base = call.top_k_weights, call.base
-    call = call._replace(
-        x=x.reshape(-1, x.shape[-1]),
-        base=None if base is None else base.reshape(-1, lora_B.shape[1]),
-        top_k_index=call.top_k_index.reshape(-1, k),
-        top_k_weights=weights.reshape(-1, k) if isinstance(weights, Tensor) else weights,
+    call = Call(
+        x.reshape(-1, x.shape[-1]),
+        call.weight,
+        call.bias,
+        None if base is None else base.reshape(-1, lora_B.shape[1]),
+        call.lora_A,
+        lora_B,
+        call.top_k_index.reshape(-1, k),
+        weights.reshape(-1, k) if isinstance(weights, Tensor) else weights,
     )
     rows = call.top_k_index.shape[0]
     if backend == "triton" and torch.compiler.is_compiling():

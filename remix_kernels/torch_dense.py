@@ -21,12 +21,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, frozen_dx, start_output
+from remix_kernels._routed import (
+    Call,
+    Grads,
+    Kept,
+    Needs,
+    Strategy,
+    cast,
+    frozen_dx,
+    start_output,
+)
 
 
 def selection_mask(index: Tensor, weights: Tensor | float, n: int, dtype: torch.dtype) -> Tensor:
     """index [P, k], weights [P, k] or a number -> [n, P] in `dtype`."""
     mask = torch.zeros(n, index.shape[0], dtype=dtype, device=index.device)
+    index = index if index.dtype == torch.int64 else index.long()
     if isinstance(weights, Tensor):
         return mask.scatter_(0, index.T, weights.to(dtype).T)
     return mask.scatter_(0, index.T, weights)
@@ -34,22 +44,25 @@ def selection_mask(index: Tensor, weights: Tensor | float, n: int, dtype: torch.
 
 def pack_a(lora_A: Tensor, dtype: torch.dtype) -> Tensor:
     """[n or 1, r, in] -> [n r or r, in]: a view when the dtype agrees."""
-    return lora_A.to(dtype).reshape(-1, lora_A.shape[2])
+    return cast(lora_A, dtype).flatten(0, 1)
 
 
 def pack_b(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, out, r] -> [n r, out]: a view when lora_B is one of [n, r, out], else one copy."""
-    return lora_B.to(dtype).transpose(1, 2).reshape(-1, lora_B.shape[1])
+    return cast(lora_B, dtype).transpose(1, 2).flatten(0, 1)
 
 
 def dense_prepare(call: Call, learned: bool) -> Kept:
     """mask [n, M T], H [n r, M T] and, for learned weights, A x [n r, T]."""
     x, n, r = call.x, call.lora_B.shape[0], call.lora_B.shape[2]
-    rows, m = x.shape[0], call.top_k_index.shape[0] // x.shape[0]
-    mask = selection_mask(call.top_k_index.long(), call.top_k_weights, n, x.dtype)
+    rows, P = x.shape[0], call.top_k_index.shape[0]
+    mask = selection_mask(call.top_k_index, call.top_k_weights, n, x.dtype)
     shrunk = pack_a(call.lora_A, x.dtype) @ x.T
-    masked = shrunk.view(-1, r, 1, rows) * mask.view(n, 1, m, rows)
-    return Kept((mask, masked.view(n * r, m * rows), shrunk if learned else None))
+    if not learned and rows == P and not call.shared_a:
+        shrunk.view(n, r, rows).mul_(mask.unsqueeze(1))
+        return Kept((mask, shrunk, None))
+    masked = shrunk.view(-1, r, 1, rows) * mask.view(n, 1, P // rows, rows)
+    return Kept((mask, masked.view(n * r, P), shrunk if learned else None))
 
 
 def dense_fwd(call: Call, kept: Kept) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from remix_kernels._routed import no_autocast
-from remix_kernels.torch_sampling import log_prob_grad, step_logsumexp
+from remix_kernels.ops import selection_log_prob_bwd
 
 if TYPE_CHECKING:
     from remix_model.routing import RoutingState
@@ -61,9 +61,8 @@ class DeliverRouterGradient(torch.autograd.Function):
         dx = None
         with no_autocast(dy.device):  # autocast may be on around loss.backward()
             rows = logits.view(-1, logits.shape[-1])
-            chosen = index.view(-1, index.shape[-1]).long()
-            _, step_lse = step_logsumexp(rows, chosen)
-            dlogits = log_prob_grad(rows, chosen, step_lse).mul_(advantages.unsqueeze(1))
+            chosen = index.view(-1, index.shape[-1])
+            dlogits = selection_log_prob_bwd(rows, chosen, advantages)
             if ctx.temperature != 1.0:
                 dlogits.div_(ctx.temperature)
             drouter = (dlogits.T @ x.reshape(-1, x.shape[-1]).float()).to(router.dtype)

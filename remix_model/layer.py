@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from remix_kernels import routed_linear, routed_lora
+from remix_kernels._dispatch import resolve_backend, resolve_strategy
+from remix_kernels._routed import Call
+from remix_kernels.torch_gather import gather_row
 from remix_model.site import RoutedModule, RoutingSite
 
 
@@ -118,6 +121,13 @@ class Pool(NamedTuple):
 
     def linear(self, x: Tensor, base: nn.Linear, training: bool) -> Tensor:
         """base(x) plus the chosen adapters, in one op. x [..., in] -> [..., out]."""
+        if x.numel() == self.lora_A.shape[2] and self._decodes(x, base):
+            index = nn.functional.linear(x, self.router).topk(self.site.top_k).indices
+            self.site.note_top_k(training)
+            call = Call(
+                x, base.weight, base.bias, None, self.lora_A, self.lora_B, index, self.scaling
+            )
+            return gather_row(call)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         routed_x = x.detach() if self.detach_router_input else x
@@ -135,6 +145,25 @@ class Pool(NamedTuple):
             check=False,
         )
         return self.site.deliver(y, routed_x, self.router, selection, training)
+
+    def _decodes(self, x: Tensor, base: nn.Linear) -> bool:
+        """Whether x is one row that wants no more than its top k, on a processor, in fp32."""
+        return (
+            not torch.is_grad_enabled()
+            and self.site.is_idle()
+            and x.dtype == self.lora_A.dtype == self.lora_B.dtype == torch.float32
+            and base.weight.dtype == self.router.dtype == torch.float32
+            and x.is_contiguous()
+            and x.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and resolve_backend(self.backend, x) == "torch"
+            and self._one_row_strategy(x) == "gather"
+        )
+
+    def _one_row_strategy(self, x: Tensor) -> str:
+        top_k = self.site.top_k
+        return resolve_strategy(self.strategy, 1, self.lora_A, self.lora_B, top_k, x.dtype)
 
     def add(self, x: Tensor, base: Tensor, dropout: nn.Module, training: bool) -> Tensor:
         """The chosen adapters of x [..., in], after dropout, added to base [..., out]."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from remix_kernels import sample_top_k
-from remix_kernels._routed import no_autocast
+from remix_kernels._routed import cast, no_autocast
 from remix_model.delivery import DeliverRouterGradient, in_backward
 
 if TYPE_CHECKING:
@@ -84,6 +84,20 @@ class RoutingSite:
         """Pickled likewise."""
         arguments = (self.num_experts, self.top_k, self.temperature)
         return RoutingSite, arguments, {"warned": self.warned}
+
+    def is_idle(self) -> bool:
+        """Whether a pass is the plain top k: nothing draws, forces, records or recomputes."""
+        return (
+            self.state is None
+            and self.forced is None
+            and not self.records
+            and self.temperature == 1.0
+            and not in_backward()
+        )
+
+    def note_top_k(self, training: bool) -> None:
+        """A plain top-k pass ran: what a recomputation in this mode would repeat."""
+        self.replaying = self.last[training] = self.last_forced[training] = None
 
     def router_is_trained(self) -> bool:
         """Whether the layer's router takes a gradient."""
@@ -196,7 +210,7 @@ class RoutingSite:
     def _logits(self, x: Tensor, router: Tensor) -> Tensor:
         """z / temperature in fp32, whatever the dtypes and whatever autocast says."""
         with no_autocast(x.device):
-            logits = nn.functional.linear(x.float(), router.float())
+            logits = nn.functional.linear(cast(x, torch.float32), cast(router, torch.float32))
         return logits if self.temperature == 1.0 else logits / self.temperature
 
     def _choose(self, logits: Tensor) -> Tensor:

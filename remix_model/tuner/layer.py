@@ -137,11 +137,13 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
                 part._hf_hook.post_forward(part, None)
 
     def _pool(self, name: str) -> Pool:
+        # Straight from the dictionaries: attribute look-ups of modules are what decoding waits for.
+        modules: Any = self._modules
         return Pool(
             self.sites[name],
-            self.remix_lora_A[name],
-            self.remix_lora_B[name],
-            self.remix_router[name],
+            modules["remix_lora_A"]._parameters[name],
+            modules["remix_lora_B"]._parameters[name],
+            modules["remix_router"]._parameters[name],
             self.scaling[name],
             self.detach_router_input[name],
             self.runtime[name].backend,

@@ -224,3 +224,38 @@ def test_state_dict_round_trip():
     assert set(layer.state_dict()) == keys
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.eval()(random(4, 6)), layer.eval()(random(4, 6)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_decoded_row_takes_the_short_way_to_the_same_bits(bias: bool) -> None:
+    """Recording sends the row through the ops; both read the chosen experts one by one."""
+    layer = RoutedLoRALinear(
+        nn.Linear(40, 24, bias=bias), num_experts=8, top_k=3, r=4, strategy="gather"
+    ).eval()
+    nn.init.normal_(layer.lora_B)
+    for shape in ((1, 1, 40), (1, 40), (40,)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            short = layer(x)
+            with record_routing(layer):
+                long = layer(x)
+        assert short.shape == (*shape[:-1], 24)
+        assert torch.equal(short, long)
+
+
+def test_the_short_way_is_for_plain_decoding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = RoutedLoRALinear(nn.Linear(40, 24), num_experts=8, top_k=3, r=4, strategy="gather")
+    rows = []
+    monkeypatch.setattr("remix_model.layer.gather_row", lambda call: rows.append(call))
+    x = torch.randn(1, 40)
+    layer(x)  # with gradients
+    with torch.no_grad():
+        layer(torch.randn(2, 40))
+        with force_selection(layer, {"": torch.tensor([1, 2, 3])}):
+            layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        layer.double()(x.double())
+        assert not rows
+        layer.float()(x)
+        assert len(rows) == 1
