@@ -27,6 +27,7 @@ STRATEGIES = ("auto", "dense", "grouped", "gather")
 
 _FLOP_PER_S = 1.0e11
 _BYTES_PER_S = 1.0e10
+_PAIR_BYTES_PER_S = 4.5e9  # rows of x and y, gathered and scattered
 _DENSE_CALL_S = 6.0e-5
 _EXPERT_CALL_S = 2.5e-5  # a non-empty expert, grouped: index_select, two GEMMs, index_add
 _SLOT_CALL_S = 1.5e-5  # a (row, slot), gather: two matrix-vector products
@@ -140,13 +141,13 @@ def strategy_costs_s(
         "dense": flops_dense / _FLOP_PER_S + _DENSE_CALL_S + n * expert_read_s,
         "grouped": (
             flops_grouped / _FLOP_PER_S
-            + 3.0 * rows * top_k * width * itemsize / _BYTES_PER_S
+            + 3.0 * rows * top_k * width * itemsize / _PAIR_BYTES_PER_S
             + busy_experts * (_EXPERT_CALL_S + expert_read_s)
             + _DENSE_CALL_S
         ),
         "gather": (
             flops_grouped / _FLOP_PER_S
-            + 3.0 * rows * top_k * width * itemsize / _BYTES_PER_S
+            + 3.0 * rows * top_k * width * itemsize / _PAIR_BYTES_PER_S
             + rows * top_k * (_SLOT_CALL_S + expert_read_s)
         ),
     }
