@@ -28,7 +28,7 @@ from remix_kernels._philox import philox_uint32
 def sample_top_k(logits: Tensor, k: int, seed: int, offset: int) -> Tensor:
     """The k largest of logits + Gumbel noise. logits [T, n] -> int32 [T, k]."""
     z = logits.detach().float()
-    keys = z - exponential(seed, offset, z.shape[0], z.shape[1], z.device).log_()
+    keys = z - _log(exponential(seed, offset, z.shape[0], z.shape[1], z.device))
     return keys.topk(k, dim=-1).indices.to(torch.int32)
 
 
@@ -36,13 +36,27 @@ def exponential(seed: int, offset: int, rows: int, columns: int, device: torch.d
     """Standard exponentials, fp32 [rows, columns]: -log(1 - u) with u = (word + 1/2) / 2^32."""
     words = philox_uint32(seed, offset, rows, columns, device)
     u = words.float().add_(0.5).mul_(2.0**-32).clamp_(max=1.0 - 2.0**-24)
-    return u.neg_().log1p_().neg_()
+    return torch.special.xlog1py(-1.0, u.neg_())
+
+
+def _log(x: Tensor) -> Tensor:
+    """log x, as xlogy, which does not go to the vector library that torch hands `log` to.
+
+    Its threads may take milliseconds to wake, for the few thousand numbers of a layer's routing.
+    """
+    return torch.xlogy(1.0, x)
+
+
+def _logsumexp(z: Tensor) -> Tensor:
+    """logsumexp over the last dimension, kept; -inf where all are."""
+    largest = z.amax(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
+    return largest + _log(torch.exp(z - largest).sum(-1, keepdim=True))
 
 
 def step_logsumexp(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """L_j for every step. z [T, n] fp32, index [T, k] -> (drawn z [T, k], L [T, k])."""
     drawn = z.gather(1, index)
-    rest = z.scatter(1, index, float("-inf")).logsumexp(1, keepdim=True)
+    rest = _logsumexp(z.scatter(1, index, float("-inf")))
     tail = torch.cat((rest, drawn.flip(1)), dim=1).logcumsumexp(1)
     return drawn, tail[:, 1:].flip(1)
 

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,10 +24,10 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter"),
 ]
 CASES = [
-    Case(T=40),
-    Case(T=70, in_features=40, out_features=71, n=3, k=3, r=20, options=("number",)),
-    Case(T=20, options=("M3", "base")),
-    Case(T=20, n=5, r=17, options=("linear", "sharedA")),
+    Case(T=34, in_features=40, out_features=40),
+    Case(T=40, in_features=34, out_features=47, n=3, r=20, options=("number",)),
+    Case(T=9, in_features=40, out_features=40, options=("M3", "base")),
+    Case(T=9, in_features=40, out_features=40, n=5, r=17, options=("linear", "sharedA")),
 ]
 STRATEGIES = ["dense", "grouped", "gather"]
 
@@ -70,6 +71,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Counter[str], Cou
 
 
 def passes(case: Case, strategy: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    if strategy == "gather":  # two programs a (row, slot)
+        case = replace(case, T=min(case.T, 4))
     inputs, dy = make_inputs(case, dtype, "cpu")
     op = routed_linear if case.is_linear else routed_lora
     return run(
@@ -93,7 +96,7 @@ def test_traffic_is_the_formulas(
 def test_traffic_of_the_k_extended_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REMIX_GEMM", "triton")
     with counted(monkeypatch) as (touched, expected):
-        passes(Case(T=50, options=("linear",)), "dense", torch.bfloat16)
+        passes(Case(T=40, options=("linear",)), "dense", torch.bfloat16)
     assert touched == expected
 
 
@@ -136,7 +139,6 @@ def test_any_order_of_programs_gives_the_same_bits(
     case: Case, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = passes(case, strategy)
-    for seed in (1, 2):
-        with shuffled(monkeypatch, seed):
-            again = passes(case, strategy)
-        assert all(torch.equal(again[name], straight[name]) for name in straight)
+    with shuffled(monkeypatch, seed=1):
+        again = passes(case, strategy)
+    assert all(torch.equal(again[name], straight[name]) for name in straight)
