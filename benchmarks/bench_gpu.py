@@ -7,7 +7,6 @@
     grouped_mm      rows sorted by expert, torch's grouped GEMM, index_add
     expert_loop     a loop over experts with index_add_, as mixtures of LoRAs are usually written
     lora_kr, lora_nr  PEFT LoRA of rank k r and n r
-    scattermoe      Axolotl's ScatterMoE-LoRA, where it is installed
 
 and decoding of 1 to 32 rows in a CUDA graph: frozen, auto, gather, dense.
 
