@@ -177,8 +177,9 @@ def tiles(a: Arguments) -> int:
     n = ends.shape[-1]
     if "slot" in a:
         return n * cdiv(a["y_ptr"].shape[0], n * a["BLOCK_M"])
-    pairs = a["order_ptr"].shape[0] if "order_ptr" in a else a["planes_ptr"].shape[0] * 0
-    return n * cdiv(pairs, n * a.get("CHUNK", a.get("BLOCK_M"))) if pairs else n
+    if "planes_ptr" in a:  # one chunk more an expert than pairs fill
+        return max(n, a["planes_ptr"].shape[0] - n)
+    return n * cdiv(a["order_ptr"].shape[0], n * a.get("CHUNK", a.get("BLOCK_M")))
 
 
 def passes(

@@ -112,6 +112,21 @@ def start_output(call: Call) -> Tensor:
     return y if rows == x.shape[0] else y.repeat(rows // x.shape[0], 1)
 
 
+def base_and_output(call: Call) -> tuple[Tensor | None, Tensor]:
+    """(what to add the adapters to, an unwritten y [M T, out]), for kernels that write y at once.
+
+    The frozen product is fresh, so that y may be its own memory; with M selections of one x it has
+    T rows, and row p of y reads its row p mod T.
+    """
+    x, rows = call.x, call.top_k_index.shape[0]
+    base = call.base
+    if call.weight is not None:
+        base = start_output(call._replace(top_k_index=call.top_k_index[: x.shape[0]]))
+        if x.shape[0] == rows:
+            return base, base
+    return base, x.new_empty(rows, call.lora_B.shape[1])
+
+
 def frozen_dx(call: Call, dy: Tensor) -> Tensor:
     """What the frozen linear sends to x, [T, in]: dy W, dy summed over selections that shared x."""
     x = call.x

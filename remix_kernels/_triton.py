@@ -25,6 +25,38 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_product(
+    acc,  # [BLOCK_M, BLOCK_R] fp32
+    x_rows,  # [BLOCK_M] pointers to rows of x
+    stride_xk,
+    mask_m,
+    a_rows,  # [BLOCK_R] pointers to rows of a
+    stride_ak,
+    mask_r,
+    K_IN,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + x a^T, a block of K_IN at a time; a is cast to x's dtype."""
+    for start in range(0, K_IN, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K_IN
+        k = offs_k.to(tl.int64)
+        x = tl.load(
+            x_rows[:, None] + k[None, :] * stride_xk,
+            mask=mask_m[:, None] & mask_k[None, :],
+            other=0.0,
+        )
+        a = tl.load(
+            a_rows[None, :] + k[:, None] * stride_ak,
+            mask=mask_r[None, :] & mask_k[:, None],
+            other=0.0,
+        )
+        acc = dot(x, a.to(x.dtype), acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def swizzled_pid(num_m, num_n, GROUP_M: tl.constexpr):
     """(pid_m, pid_n) of a one-dimensional grid, so that neighbours share operands in L2."""
     pid = tl.program_id(0)

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from remix_kernels import _configs
 from remix_kernels._launch import launch
-from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, frozen_dx, start_output
-from remix_kernels._triton import dot, precision, swizzled_pid
+from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, base_and_output, frozen_dx
+from remix_kernels._triton import add_product, dot, precision, swizzled_pid
 
 _PLANE_ROWS = 4096  # rows summed by one program of the Gram kernel, at least
 
@@ -102,21 +102,9 @@ def _dense_fwd_shrink_kernel(
     x_rows = x_ptr + offs_m * stride_xm
     a_rows = a_ptr + expert.to(tl.int64) * stride_an + (offs_r % rank).to(tl.int64) * stride_ar
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-    for start in range(0, K_IN, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K_IN
-        k = offs_k.to(tl.int64)
-        x = tl.load(
-            x_rows[:, None] + k[None, :] * stride_xk,
-            mask=mask_m[:, None] & mask_k[None, :],
-            other=0.0,
-        )
-        a = tl.load(
-            a_rows[None, :] + k[:, None] * stride_ak,
-            mask=mask_r[None, :] & mask_k[:, None],
-            other=0.0,
-        )
-        acc = dot(x, a.to(x.dtype), acc, PRECISION)
+    acc = add_product(
+        acc, x_rows, stride_xk, mask_m, a_rows, stride_ak, mask_r, K_IN, PRECISION, BLOCK_K
+    )
     out_mask = mask_m[:, None] & mask_r[None, :]
     if KEEP_S:
         s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
@@ -181,21 +169,9 @@ def _dense_fwd_expand_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     if HAS_FROZEN:
         x_rows, w_rows = x_ptr + offs_m * stride_xm, w_ptr + n * stride_wn
-        for start in range(0, K_IN, BLOCK_K):
-            offs_k = start + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < K_IN
-            k = offs_k.to(tl.int64)
-            x = tl.load(
-                x_rows[:, None] + k[None, :] * stride_xk,
-                mask=mask_m[:, None] & mask_k[None, :],
-                other=0.0,
-            )
-            w = tl.load(
-                w_rows[None, :] + k[:, None] * stride_wk,
-                mask=mask_n[None, :] & mask_k[:, None],
-                other=0.0,
-            )
-            acc = dot(x, w.to(x.dtype), acc, PRECISION)
+        acc = add_product(
+            acc, x_rows, stride_xk, mask_m, w_rows, stride_wk, mask_n, K_IN, PRECISION, BLOCK_K
+        )
     h_rows, b_cols = h_ptr + offs_m * R, b_ptr + n * stride_bo
     for start in range(0, R, BLOCK_R):
         offs_r = start + tl.arange(0, BLOCK_R)
@@ -258,21 +234,9 @@ def _dense_bwd_dh_kernel(
         rows = offs_m + m * tl.cast(T, tl.int64)
         dy_rows = dy_ptr + rows * stride_dym
         acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-        for start in range(0, N_OUT, BLOCK_K):
-            offs_n = start + tl.arange(0, BLOCK_K)
-            mask_n = offs_n < N_OUT
-            n = offs_n.to(tl.int64)
-            dy = tl.load(
-                dy_rows[:, None] + n[None, :] * stride_dyn,
-                mask=mask_m[:, None] & mask_n[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                b_rows[None, :] + n[:, None] * stride_bo,
-                mask=mask_r[None, :] & mask_n[:, None],
-                other=0.0,
-            )
-            acc = dot(dy, b.to(dy.dtype), acc, PRECISION)
+        acc = add_product(
+            acc, dy_rows, stride_dyn, mask_m, b_rows, stride_bo, mask_r, N_OUT, PRECISION, BLOCK_K
+        )
         if KEEP_DH:
             dh_ptrs = dh_ptr + rows[:, None] * R + offs_r[None, :]
             tl.store(dh_ptrs, acc.to(dh_ptr.dtype.element_ty), mask=out_mask)
@@ -420,24 +384,15 @@ def dense_prepare(call: Call, learned: bool) -> Kept:
 
 def dense_fwd(call: Call, kept: Kept) -> Tensor:
     """y [M T, out]."""
-    x, lora_B, index, hidden = call.x, call.lora_B, call.top_k_index, kept.tensors[0]
+    x, lora_B, hidden = call.x, call.lora_B, kept.tensors[0]
     assert hidden is not None
-    rows, P, out = x.shape[0], index.shape[0], lora_B.shape[1]
-    y = x.new_empty(P, out)
-    fused = call.weight is not None and index.shape[0] == rows and _configs.own_gemm()
-    base = call.base
-    if call.weight is not None and not fused:
-        base = start_output(call._replace(top_k_index=index[:rows]))
-        y = base if base.shape == y.shape else y
-    expand(
-        hidden,
-        lora_B,
-        y,
-        base=base,
-        x=x if fused else None,
-        weight=call.weight if fused else None,
-        bias=call.bias if fused else None,
-    )
+    P = call.top_k_index.shape[0]
+    if call.weight is not None and x.shape[0] == P and _configs.own_gemm():
+        y = x.new_empty(P, lora_B.shape[1])
+        expand(hidden, lora_B, y, x=x, weight=call.weight, bias=call.bias)
+    else:
+        base, y = base_and_output(call)
+        expand(hidden, lora_B, y, base=base)
     return y
 
 

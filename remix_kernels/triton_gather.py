@@ -21,7 +21,7 @@ from torch import Tensor
 
 from remix_kernels import _configs
 from remix_kernels._launch import launch
-from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, start_output
+from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, base_and_output
 from remix_kernels.triton_dense import dense_bwd, dense_prepare
 
 
@@ -153,11 +153,7 @@ def gather_fwd(call: Call, kept: Kept) -> Tensor:
         HAS_WEIGHTS=isinstance(weights, Tensor),
         **config,
     )
-    base = call.base
-    y = x.new_empty(P, out)
-    if call.weight is not None:
-        base = start_output(call._replace(top_k_index=index[: x.shape[0]]))
-        y = base if base.shape == y.shape else y
+    base, y = base_and_output(call)
     start = y if base is None else base
     config = _configs.gather_expand(_configs.arch(x.device), r)
     launch(

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from remix_kernels import _configs
 from remix_kernels._launch import launch
-from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, frozen_dx, start_output
-from remix_kernels._triton import dot, padded, precision
+from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, base_and_output, frozen_dx
+from remix_kernels._triton import add_product, dot, padded, precision
 
 _SORT_BLOCK = 128  # pairs a program of the sort ranks
 
@@ -179,21 +179,9 @@ def _grouped_shrink_kernel(
             mask_r = offs_r < rank
             a_rows = a_base + offs_r.to(tl.int64) * stride_ar
             acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-            for start in range(0, K_IN, BLOCK_K):
-                offs_k = start + tl.arange(0, BLOCK_K)
-                mask_k = offs_k < K_IN
-                k = offs_k.to(tl.int64)
-                x = tl.load(
-                    x_rows[:, None] + k[None, :] * stride_xk,
-                    mask=mask_m[:, None] & mask_k[None, :],
-                    other=0.0,
-                )
-                a = tl.load(
-                    a_rows[None, :] + k[:, None] * stride_ak,
-                    mask=mask_r[None, :] & mask_k[:, None],
-                    other=0.0,
-                )
-                acc = dot(x, a.to(x.dtype), acc, PRECISION)
+            acc = add_product(
+                acc, x_rows, stride_xk, mask_m, a_rows, stride_ak, mask_r, K_IN, PRECISION, BLOCK_K
+            )
             out_offs = offs_q[:, None].to(tl.int64) * rank + offs_r[None, :]
             mask = mask_m[:, None] & mask_r[None, :]
             if KEEP_S:
@@ -395,13 +383,8 @@ def grouped_fwd(call: Call, kept: Kept) -> Tensor:
     """y [M T, out]."""
     hidden, _, order, offsets = kept.tensors
     assert hidden is not None and order is not None and offsets is not None
-    x, (P, top_k) = call.x, call.top_k_index.shape
-    base = call.base
-    y = x.new_empty(P, call.lora_B.shape[1])
-    if call.weight is not None:
-        base = start_output(call._replace(top_k_index=call.top_k_index[: x.shape[0]]))
-        y = base if base.shape == y.shape else y
-    expand(hidden, call.lora_B, Pairs(order, offsets), top_k, y, base)
+    base, y = base_and_output(call)
+    expand(hidden, call.lora_B, Pairs(order, offsets), call.top_k_index.shape[1], y, base)
     return y
 
 
