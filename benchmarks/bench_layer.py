@@ -25,9 +25,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from benchmarks.common import (
-    THREADS,
     interleaved,
     peak_bytes,
+    prepare_cpu,
     relative_error,
     write_rows,
 )
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--strategies", action="store_true", help="also time each strategy")
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    prepare_cpu()
     rows: list[dict[str, object]] = []
     for case in CASES:
         problem = Problem(case)

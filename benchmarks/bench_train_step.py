@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import remix_model
-from benchmarks.common import THREADS, Timing, interleaved, write_rows
+from benchmarks.common import Timing, interleaved, prepare_cpu, write_rows
 from remix_model import ReMixConfig, load_model, sample_routing, token_losses
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
@@ -131,7 +131,7 @@ def main() -> None:
     )
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    prepare_cpu()
     started = time.time()
     lora = build(LoraConfig(r=K * R, lora_alpha=2, use_rslora=True, target_modules=TARGETS))
     remix = build(ReMixConfig(num_experts=N, top_k=K, r=R, target_modules=TARGETS))

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from remix_cli.allocator import keep_freed_memory
+
 RESULTS = Path(__file__).parent / "results"
 THREADS = 2
 
@@ -42,6 +44,15 @@ class Timing:
         """Median over rounds of this time over the other's in the same round."""
         pairs = zip(self.times_ms, other.times_ms, strict=True)
         return statistics.median(a / b for a, b in pairs)
+
+
+def prepare_cpu() -> None:
+    """Two threads, and an allocator that keeps what it has, as `remix train` runs on a processor.
+
+    Else the page faults of each variant are timed too, which on a virtual machine come and go.
+    """
+    torch.set_num_threads(THREADS)
+    keep_freed_memory()
 
 
 def interleaved(

@@ -16,6 +16,7 @@ from typing import Any
 from peft import get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from remix_cli.allocator import keep_freed_memory
 from remix_cli.answers import answer
 from remix_cli.config import RunConfig, write_yaml
 from remix_cli.display import console, print_facts, print_losses, print_routing, print_sample
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
     # Everything that can be wrong, before the weights are read or a file is written.
     plan = prepare(config, check_folder=is_main)
+    if plan.arguments.device.type == "cpu":
+        keep_freed_memory()
     with console.status(f"loading {config.model}"):
         set_seed(config.seed)
         model = get_peft_model(load_base(config), plan.adapter)

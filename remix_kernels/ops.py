@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -292,14 +292,22 @@ def _run(call: Call, backend: str, strategy: str) -> Tensor:
         check_strategy(strategy)
         from remix_kernels import _library
 
-        return _library.routed(call, strategy).view(shape)
+        return _unsafe_view(_library.routed(call, strategy), shape)
     name = resolve_strategy(strategy, rows, call.lora_A, lora_B, k, x.dtype)
     if rows == 0:
         return _no_rows(call).view(shape)
     chosen = (triton_strategies() if backend == "triton" else TORCH)[name]
     with no_autocast(x.device):
         y = Routed.apply(chosen, *call) if torch.is_grad_enabled() else chosen.run(call)
-    return y.view(shape)
+    return _unsafe_view(y, shape)
+
+
+def _unsafe_view(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """y.view(shape), but no view to autograd: to change one in place copies its gradient.
+
+    Safe because nobody else has y.
+    """
+    return torch.ops.aten._unsafe_view(y, shape)
 
 
 def _no_rows(call: Call) -> Tensor:

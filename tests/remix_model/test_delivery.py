@@ -136,6 +136,18 @@ def test_a_layers_output_may_be_changed_in_place(dropout, sampled, take_grads):
         assert torch.equal(results[1][name], want), name
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["routed_linear", "routed_lora"])
+def test_delivery_copies_no_gradient(plain):
+    """Were the op's output a view, its change in place would copy the gradient twice a layer."""
+    layer = RoutedLoRALinear(
+        nn.Linear(6, 10), num_experts=4, top_k=2, r=3, lora_dropout=0.0 if plain else 0.1
+    )
+    with sample_routing(layer, num_selections=2, seed=0) as routing:
+        y = layer(routing.expand({"x": torch.randn(3, 5, 6)})["x"])
+    assert not y._is_view()
+    assert type(y.grad_fn).__name__ == "DeliverRouterGradientBackward"
+
+
 # DDP ------------------------------------------------------------------------------------------
 
 
