@@ -5,6 +5,7 @@
     lora_kr      PEFT LoRA of rank k r: as many active parameters as ReMix
     lora_nr      PEFT LoRA of rank n r: as many parameters
     expert_loop  a loop over experts with index_add, as mixtures of LoRAs are usually written
+    dense_gemms  the eight matrix products of the dense strategy and nothing around them
 
 Unit: ms a pass (fp32, two threads), and MiB that torch allocates at the peak. Adapter FLOPs over
 the frozen linear's 4 T in out: dense 6 T n r (in + out), LoRA 6 T k r (in + out). Choosing experts
@@ -122,6 +123,18 @@ class Problem:
 
         return run
 
+    @torch.no_grad()
+    def gemms(self) -> None:
+        """Only the matrix products of the dense strategy: what no code around them can undercut."""
+        x, dy, weight = self.x, self.dy, self.linear.weight
+        lora_a = self.lora_A.flatten(0, 1)
+        lora_b = self.lora_B.transpose(1, 2).flatten(0, 1)
+        hidden = (lora_a @ x.T).T
+        torch.nn.functional.linear(x, weight).addmm_(hidden, lora_b)
+        dhidden = (lora_b @ dy.T).T
+        (dy @ weight).addmm_(dhidden, lora_a)
+        _ = hidden.T @ dy, dhidden.T @ x
+
     def variants(self, strategies: bool) -> dict[str, Callable[[], None]]:
         """Every variant by name."""
         forwards: dict[str, Callable[[], Tensor]] = {
@@ -134,7 +147,8 @@ class Problem:
         if strategies:
             forwards["dense"] = lambda: self.remix("dense")
             forwards["grouped"] = lambda: self.remix("grouped")
-        return {name: self.step(forward) for name, forward in forwards.items()}
+        steps = {name: self.step(forward) for name, forward in forwards.items()}
+        return {**steps, "dense_gemms": self.gemms}
 
     def check(self) -> None:
         """Output and gradients of our op and of the loop against the loop in fp64."""

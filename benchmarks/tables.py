@@ -35,6 +35,7 @@ def figures() -> str:
         "lora_kr": "PEFT LoRA, rank k r",
         "lora_nr": "PEFT LoRA, rank n r",
         "expert_loop": "loop over experts",
+        "dense_gemms": "the dense strategy's matrix products alone",
     }
     for case in dict.fromkeys(case for case, _ in layer):
         for variant, label in names.items():
