@@ -1,5 +1,9 @@
 """One block configuration per (kernel, architecture, shape bucket), and which GEMM runs.
 
+A bucket is the element size, the columns or rank (to the next power of two) and whether rows are
+aligned. It is never the number of rows: another tile of rows may be another instruction, and a
+row's result would then depend on the size of its batch.
+
 The numbers were chosen by ahead-of-time compilation (registers, spills, shared memory:
 `python -m benchmarks.compile_report`), not by timing: no GPU has measured them yet. An architecture
 that is not listed gets those of sm_80, which fit everywhere.

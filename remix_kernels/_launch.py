@@ -15,7 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-Grid = tuple[int, ...]
+from remix_kernels import _autotune
+from remix_kernels._autotune import Config, Grid
+
 Observer = Callable[[Any, Grid, dict[str, Any]], bool]  # -> whether to run the kernel as well
 
 _observers: list[Observer] = []
@@ -25,21 +27,40 @@ class KernelError(RuntimeError):
     """A kernel could not be compiled or launched; the message names it and the reason."""
 
 
-def launch(kernel: Any, grid: Grid, **arguments: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: Grid | Callable[[Config], Grid],
+    config: Config | None = None,
+    fixed: tuple[str, ...] = (),
+    /,
+    **arguments: Any,
+) -> None:
     """Run `kernel` over `grid` (skipped when empty), on the device of its tensors.
+
+    Args:
+        kernel: A jitted function.
+        grid: Programs a dimension, or a function of the configuration that says so.
+        config: Block sizes, warps and stages; REMIX_AUTOTUNE=1 may choose others.
+        fixed: Names in config that others rely on: not searched.
+        arguments: The kernel's, by name.
 
     Raises:
         KernelError: It did not compile or launch.
     """
-    if 0 in grid:
+    config = config or {}
+    programs = grid(config) if callable(grid) else grid
+    if 0 in programs:
         return
-    wanted = [observer(kernel, grid, arguments) for observer in _observers]
+    wanted = [observer(kernel, programs, {**arguments, **config}) for observer in _observers]
     if not all(wanted):
         return
     tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
     try:
         with _on(tensor.device):
-            kernel[grid](**arguments)
+            if callable(grid) and _autotune.enabled(tensor.device):
+                config = _autotune.best(kernel, grid, config, fixed, arguments)
+                programs = grid(config)
+            kernel[programs](**arguments, **config)
     except (triton.TritonError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise KernelError(f"{kernel.fn.__name__}: {reason[0]}") from error

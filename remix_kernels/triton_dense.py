@@ -355,7 +355,8 @@ def dense_prepare(call: Call, learned: bool) -> Kept:
     config = _configs.shrink(_configs.arch(x.device), x.element_size(), n * r)
     launch(
         _dense_fwd_shrink_kernel,
-        (triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n * r, config["BLOCK_R"])),
+        lambda c: (triton.cdiv(rows, c["BLOCK_M"]), triton.cdiv(n * r, c["BLOCK_R"])),
+        config,
         x_ptr=x,
         a_ptr=lora_A,
         index_ptr=index,
@@ -377,7 +378,6 @@ def dense_prepare(call: Call, learned: bool) -> Kept:
         HAS_WEIGHTS=weights is not None,
         KEEP_S=shrunk is not None,
         PRECISION=precision(),
-        **config,
     )
     return Kept((hidden, shrunk))
 
@@ -414,7 +414,8 @@ def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
     config = _configs.shrink(where, x.element_size(), n * r)
     launch(
         _dense_bwd_dh_kernel,
-        (triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n * r, config["BLOCK_R"])),
+        lambda c: (triton.cdiv(rows, c["BLOCK_M"]), triton.cdiv(n * r, c["BLOCK_R"])),
+        config,
         dy_ptr=dy,
         b_ptr=lora_B,
         index_ptr=index,
@@ -436,7 +437,6 @@ def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
         HAS_WEIGHTS=weights is not None,
         KEEP_DH=dhidden is not None,
         PRECISION=precision(),
-        **config,
     )
     if dhidden is not None:
         assert shrunk is not None and weights is not None
@@ -518,7 +518,8 @@ def expand(
     )
     launch(
         _dense_fwd_expand_kernel,
-        (triton.cdiv(P, config["BLOCK_M"]) * triton.cdiv(out, config["BLOCK_N"]),),
+        lambda c: (triton.cdiv(P, c["BLOCK_M"]) * triton.cdiv(out, c["BLOCK_N"]),),
+        config,
         x_ptr=first,
         w_ptr=second,
         bias_ptr=hidden if bias is None else bias,
@@ -545,7 +546,6 @@ def expand(
         HAS_BIAS=bias is not None,
         HAS_BASE=base is not None,
         PRECISION=precision(),
-        **config,
     )
 
 
@@ -561,7 +561,8 @@ def gram(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     )
     launch(
         _dense_bwd_gram_kernel,
-        (triton.cdiv(R, config["BLOCK_R"]), triton.cdiv(D, config["BLOCK_N"]), planes),
+        lambda c: (triton.cdiv(R, c["BLOCK_R"]), triton.cdiv(D, c["BLOCK_N"]), planes),
+        config,
         u_ptr=u,
         v_ptr=v,
         g_ptr=parts,
@@ -572,7 +573,6 @@ def gram(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
         stride_vm=v.stride(0),
         stride_vn=v.stride(1),
         PRECISION=precision(),
-        **config,
     )
     if planes > 1:
         launch(

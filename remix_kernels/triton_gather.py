@@ -134,7 +134,8 @@ def gather_fwd(call: Call, kept: Kept) -> Tensor:
     config = _configs.gather_shrink(_configs.arch(x.device), r)
     launch(
         _gather_fwd_shrink_kernel,
-        (P * top_k, triton.cdiv(r, config["BLOCK_R"])),
+        lambda c: (P * top_k, triton.cdiv(r, c["BLOCK_R"])),
+        config,
         x_ptr=x,
         a_ptr=lora_A,
         index_ptr=index,
@@ -151,14 +152,14 @@ def gather_fwd(call: Call, kept: Kept) -> Tensor:
         stride_ak=lora_A.stride(2),
         TOP_K=top_k,
         HAS_WEIGHTS=isinstance(weights, Tensor),
-        **config,
     )
     base, y = base_and_output(call)
     start = y if base is None else base
     config = _configs.gather_expand(_configs.arch(x.device), r)
     launch(
         _gather_fwd_expand_kernel,
-        (P, triton.cdiv(out, config["BLOCK_N"])),
+        lambda c: (P, triton.cdiv(out, c["BLOCK_N"])),
+        config,
         h_ptr=hidden,
         b_ptr=lora_B,
         index_ptr=index,
@@ -174,7 +175,6 @@ def gather_fwd(call: Call, kept: Kept) -> Tensor:
         stride_br=lora_B.stride(2),
         TOP_K=top_k,
         HAS_BASE=base is not None,
-        **config,
     )
     return y
 

@@ -460,7 +460,9 @@ def shrink(
     stored = keep if keep is not None else hidden if dot_with is None else dot_with
     launch(
         _grouped_shrink_kernel,
-        (triton.cdiv(hidden.shape[0], config["BLOCK_M"]) + n,),
+        lambda c: (triton.cdiv(hidden.shape[0], c["BLOCK_M"]) + n,),
+        config,
+        ("BLOCK_M",),
         x_ptr=x,
         a_ptr=lora_A,
         order_ptr=pairs.order,
@@ -486,7 +488,6 @@ def shrink(
         DOT_S=dot_with is not None,
         PRECISION=precision(),
         BLOCK_E=triton.next_power_of_2(n),
-        **config,
     )
 
 
@@ -506,7 +507,9 @@ def expand(
         start = base if slot == 0 else y
         launch(
             _grouped_expand_kernel,
-            (triton.cdiv(P, config["BLOCK_M"]) + n, triton.cdiv(y.shape[1], config["BLOCK_N"])),
+            lambda c: (triton.cdiv(P, c["BLOCK_M"]) + n, triton.cdiv(y.shape[1], c["BLOCK_N"])),
+            config,
+            ("BLOCK_M",),
             h_ptr=hidden,
             b_ptr=lora_B,
             order_ptr=pairs.order,
@@ -528,7 +531,6 @@ def expand(
             HAS_BASE=start is not None,
             PRECISION=precision(),
             BLOCK_E=triton.next_power_of_2(n),
-            **config,
         )
 
 
@@ -542,7 +544,9 @@ def gram(u: Tensor, v: Tensor, pairs: Pairs, n: int, top_k: int, dtype: torch.dt
     ends = tile_ends(pairs, top_k, config["CHUNK"], by_slot=False)
     launch(
         _grouped_bwd_gram_kernel,
-        (triton.cdiv(r, config["BLOCK_R"]), triton.cdiv(D, config["BLOCK_N"]), chunks),
+        lambda c: (triton.cdiv(r, c["BLOCK_R"]), triton.cdiv(D, c["BLOCK_N"]), chunks),
+        config,
+        ("CHUNK",),
         u_ptr=u,
         v_ptr=v,
         order_ptr=pairs.order,
@@ -558,7 +562,6 @@ def gram(u: Tensor, v: Tensor, pairs: Pairs, n: int, top_k: int, dtype: torch.dt
         TOP_K=top_k,
         PRECISION=precision(),
         BLOCK_E=triton.next_power_of_2(n),
-        **config,
     )
     launch(
         _grouped_bwd_sum_kernel,

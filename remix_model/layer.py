@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from remix_kernels import routed_linear, routed_lora
+from remix_kernels import RoutedShape, routed_linear, routed_lora
 from remix_kernels._dispatch import resolve_backend, resolve_strategy
 from remix_kernels._routed import Call
 from remix_kernels.torch_gather import gather_row
@@ -146,6 +146,14 @@ class Pool(NamedTuple):
         )
         return self.site.deliver(y, routed_x, self.router, selection, training)
 
+    def shape(self, dtype: torch.dtype) -> RoutedShape:
+        """What the kernels are compiled for, on x of `dtype`."""
+        n, r, in_features = self.lora_A.shape
+        out_features = self.lora_B.shape[1]
+        return RoutedShape(
+            in_features, out_features, n, self.site.top_k, r, dtype, self.lora_A.dtype
+        )
+
     def _decodes(self, x: Tensor, base: nn.Linear) -> bool:
         """Whether x is one row that wants no more than its top k, on a processor, in fp32."""
         return (
@@ -261,9 +269,12 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
         """One site, one router."""
         return {"default": (self.site, self.router)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], in the dtype of x."""
-        pool = Pool(
+    def routed_shapes(self) -> list[RoutedShape]:
+        """One pool."""
+        return [self._pool().shape(self.base_layer.weight.dtype)]
+
+    def _pool(self) -> Pool:
+        return Pool(
             self.site,
             self.lora_A,
             self.lora_B,
@@ -273,6 +284,10 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
             self.backend,
             self.strategy,
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in the dtype of x."""
+        pool = self._pool()
         if is_plain(self.base_layer) and not (self.training and self.dropout.p > 0.0):
             return pool.linear(x, self.base_layer, self.training)
         return pool.add(x, self.base_layer(x), self.dropout, self.training)

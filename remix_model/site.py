@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from remix_kernels import sample_top_k
+from remix_kernels import RoutedShape, sample_top_k
 from remix_kernels._routed import cast, no_autocast
 from remix_model.delivery import DeliverRouterGradient, in_backward
 
@@ -294,6 +294,10 @@ class RoutedModule:
     def active_sites(self) -> dict[str, tuple[RoutingSite, Tensor]]:
         """(site, router parameter [n, in]) of every active pool of adapters, by adapter name."""
         raise NotImplementedError(f"{type(self).__name__} must say which sites it has")
+
+    def routed_shapes(self) -> list[RoutedShape]:
+        """The shape of every active pool, for `remix_kernels.warmup`."""
+        raise NotImplementedError(f"{type(self).__name__} must say which shapes it has")
 
 
 def find_sites(model: nn.Module) -> dict[str, RoutingSite]:

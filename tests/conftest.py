@@ -51,8 +51,8 @@ def fixed_seeds() -> None:
 @pytest.fixture(autouse=True)
 def no_remix_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's own settings decide nothing here."""
-    for name in ("REMIX_BACKEND", "REMIX_STRICT"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("BACKEND", "STRICT", "GEMM", "AUTOTUNE", "CACHE_DIR"):
+        monkeypatch.delenv(f"REMIX_{name}", raising=False)
 
 
 @pytest.fixture

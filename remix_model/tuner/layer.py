@@ -16,6 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from remix_kernels import RoutedShape
 from remix_model.layer import Pool, empty_b, init_pool, is_plain, routing_scaling
 from remix_model.site import RoutedModule, RoutingSite
 from remix_model.tuner.config import ReMixConfig, ReMixRuntimeConfig
@@ -90,6 +91,15 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
             for name in self.active_adapters
             if name in self.sites
         }
+
+    def routed_shapes(self) -> list[RoutedShape]:
+        """Of every active adapter; x in the frozen weight's dtype, a quantised one's in ours."""
+        weight: Any = self.get_base_layer().weight
+        names = self.active_sites()
+        return [
+            pool.shape(weight.dtype if weight.is_floating_point() else pool.lora_A.dtype)
+            for pool in map(self._pool, names)
+        ]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: see CANNOT_MERGE."""

@@ -1,0 +1,125 @@
+"""`warmup`: compile the kernels of a model, and tune them where that is asked for, beforehand."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from remix_kernels._dispatch import resolve_backend
+from remix_kernels.ops import routed_linear, sample_top_k, selection_log_prob_bwd
+
+
+class RoutedShape(NamedTuple):
+    """One routed linear: what its kernels are compiled for."""
+
+    in_features: int
+    out_features: int
+    num_experts: int
+    top_k: int
+    r: int
+    dtype: torch.dtype = torch.bfloat16  # of x and the frozen weight
+    adapter_dtype: torch.dtype = torch.float32  # of lora_A and lora_B
+
+
+def warmup(
+    model_or_shapes: nn.Module | Iterable[RoutedShape],
+    *,
+    rows: Sequence[int] = (1, 4096),
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    verbose: bool = True,
+) -> list[tuple[RoutedShape, int]]:
+    """Run every routed linear of a model once, forward and backward, on random data.
+
+    So the first step of a training does not wait for the compiler, and under REMIX_AUTOTUNE=1 not
+    for a search. The model itself is not run, nor changed.
+
+    Args:
+        model_or_shapes: A model with routed layers (a PEFT model with a ReMix adapter, or one that
+            holds `RoutedLoRALinear`), or the shapes themselves.
+        rows: Rows of x to run: sequences times tokens, times M while sampling; 1 is decoding. What
+            compiles does not depend on them beyond their divisibility by 16; what is tuned does, by
+            the next power of two.
+        dtype: Of x and the frozen weight; None takes the shapes', a model's own weights'. Give
+            autocast's dtype for training under autocast.
+        device: None takes the model's, else a GPU where there is one.
+        backend: As in `routed_linear`. Where it comes out as PyTorch there is nothing to compile.
+        verbose: One line a shape on stderr.
+
+    Returns:
+        What was run: pairs of shape and rows, none twice; empty without Triton.
+
+    Raises:
+        ValueError: A model without routed layers, a row count below 1, or an unknown backend.
+    """
+    if any(count < 1 for count in rows):
+        raise ValueError(f"rows={tuple(rows)} must all be at least 1")
+    if isinstance(model_or_shapes, nn.Module):
+        shapes = shapes_of(model_or_shapes)
+        device = device or next(model_or_shapes.parameters()).device
+        if not shapes:
+            raise ValueError(
+                f"{type(model_or_shapes).__name__} has no routed layers: give warmup a model with "
+                "a ReMix adapter, or shapes"
+            )
+    else:
+        shapes = list(model_or_shapes)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if resolve_backend(backend, torch.empty(0, device=where)) != "triton":
+        return []
+    if dtype is not None:
+        shapes = [shape._replace(dtype=dtype) for shape in shapes]
+    done: list[tuple[RoutedShape, int]] = []
+    for shape in dict.fromkeys(shapes):
+        started = time.perf_counter()
+        for count in dict.fromkeys(rows):
+            _run(shape, count, where, backend)
+            done.append((shape, count))
+        if verbose:
+            seconds = time.perf_counter() - started
+            print(f"remix: {_describe(shape)}: ready in {seconds:.1f} s", file=sys.stderr)
+    return done
+
+
+def shapes_of(model: nn.Module) -> list[RoutedShape]:
+    """The shapes of a model's routed layers: of every module that says `routed_shapes()`."""
+    shapes: list[RoutedShape] = []
+    for module in model.modules():
+        routed_shapes: Any = getattr(module, "routed_shapes", None)
+        if routed_shapes is not None:
+            shapes.extend(routed_shapes())
+    return shapes
+
+
+def _run(shape: RoutedShape, rows: int, device: torch.device, backend: str) -> None:
+    """Choose experts, run forward and backward, and a router's gradient."""
+
+    def random(*size: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(*size, dtype=dtype, device=device)
+
+    n, r = shape.num_experts, shape.r
+    x = random(rows, shape.in_features, dtype=shape.dtype).requires_grad_()
+    weight = random(shape.out_features, shape.in_features, dtype=shape.dtype)
+    lora_A = random(n, r, shape.in_features, dtype=shape.adapter_dtype).requires_grad_()
+    lora_B = random(n, r, shape.out_features, dtype=shape.adapter_dtype)
+    lora_B = lora_B.transpose(1, 2).requires_grad_()  # laid out as the layers have it
+    logits = random(rows, n, dtype=torch.float32)
+    index = sample_top_k(logits, shape.top_k, seed=0, backend=backend)
+    selection_log_prob_bwd(logits, index, logits.new_ones(rows), backend=backend)
+    with torch.enable_grad():
+        y = routed_linear(x, weight, None, lora_A, lora_B, index, 0.5, backend=backend, check=False)
+        torch.autograd.backward(y, torch.ones_like(y))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _describe(shape: RoutedShape) -> str:
+    sizes = f"{shape.in_features} -> {shape.out_features}, n={shape.num_experts}"
+    dtypes = f"{shape.dtype} with {shape.adapter_dtype} adapters".replace("torch.", "")
+    return f"{sizes}, k={shape.top_k}, r={shape.r}, {dtypes}"
