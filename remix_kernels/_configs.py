@@ -58,7 +58,7 @@ def shrink(where: str, itemsize: int, columns: int) -> Config:
         "BLOCK_M": 64,
         "BLOCK_R": block_r,
         "BLOCK_K": 32 if itemsize == 4 else 64,
-        "num_warps": 4,
+        "num_warps": 8 if block_r > 64 else 4,
         "num_stages": 3,
     }
 

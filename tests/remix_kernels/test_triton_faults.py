@@ -1,0 +1,329 @@
+"""The tests' own test: one fault planted in every kernel, each caught by the parity rule.
+
+A fault is a change of a line of a kernel's source. The changed file is loaded beside the real one,
+its strategy (or sampling function) takes the other's place, and the problems that the unchanged
+source passes must fail. docs/kernels.md lists the faults.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import remix_kernels
+from remix_kernels import ops, sample_top_k, selection_log_prob
+from tests.helpers import (
+    Case,
+    assert_accurate,
+    assert_all_accurate,
+    run,
+    selection_log_prob_eager,
+    solve,
+)
+from tests.remix_kernels.test_triton import DEVICE, op_of
+
+SOURCES = Path(remix_kernels.__file__).parent
+KERNELS_DOC = Path(__file__).parents[2] / "docs" / "kernels.md"
+
+pytestmark = pytest.mark.usefixtures("strict_triton", "nan_in_empty")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is planted: `new` for the first `old` after `def kernel`."""
+
+    strategy: str
+    kernel: str
+    what: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel.strip('_')}: {self.what}"
+
+    def plant(self, source: str) -> str:
+        """The faulty source."""
+        start = source.index(f"def {self.kernel}(")
+        at = source.index(self.old, start)
+        following = source.find("\n@triton.jit", start)
+        assert following < 0 or at < following, f"{self.old!r} is not in {self.kernel}"
+        return source[:at] + self.new + source[at + len(self.old) :]
+
+
+FAULTS = [
+    Fault(
+        "dense",
+        "_dense_fwd_shrink_kernel",
+        "the block's last row is not written",
+        "mask_m, mask_r = offs_m < T, offs_r < R",
+        "mask_m, mask_r = offs_m < T - 1, offs_r < R",
+    ),
+    Fault(
+        "dense",
+        "_dense_fwd_shrink_kernel",
+        "every selection has the mask of the first",
+        "            index_ptr,\n            weights_ptr,\n            rows,",
+        "            index_ptr,\n            weights_ptr,\n            offs_m,",
+    ),
+    Fault("dense", "_mask", "the last slot is left out", "range(TOP_K)", "range(TOP_K - 1)"),
+    Fault(
+        "dense",
+        "_dense_fwd_expand_kernel",
+        "the stride of B's rows for that of its experts",
+        "expert * stride_bn",
+        "expert * stride_bo",
+    ),
+    Fault(
+        "dense",
+        "_dense_fwd_expand_kernel",
+        "the bias is dropped",
+        "if HAS_BIAS:",
+        "if HAS_BIAS and not HAS_FROZEN:",
+    ),
+    Fault(
+        "dense",
+        "_dense_bwd_dh_kernel",
+        "the last selection in place of the sum over all",
+        "ds += acc * _mask(",
+        "ds = acc * _mask(",
+    ),
+    Fault(
+        "dense",
+        "_dense_bwd_gram_kernel",
+        "a block of rows overwrites the one before",
+        "acc = dot(u, v, acc, PRECISION)",
+        "acc = dot(u, v, acc * 0.0, PRECISION)",
+    ),
+    Fault(
+        "dense",
+        "_dense_bwd_sum_kernel",
+        "the last plane is not added",
+        "range(num_planes)",
+        "range(num_planes - 1)",
+    ),
+    Fault(
+        "dense",
+        "_dense_bwd_dweights_kernel",
+        "the next expert's columns",
+        "columns = (chosen * rank)[:, None]",
+        "columns = ((chosen + 1) % 8 * rank)[:, None]",
+    ),
+    Fault(
+        "grouped",
+        "_grouped_sort_count_kernel",
+        "the last pair is not counted",
+        "offs < PAIRS, TOP_K, -1)",
+        "offs < PAIRS - 1, TOP_K, -1)",
+    ),
+    Fault(
+        "grouped",
+        "_grouped_sort_scatter_kernel",
+        "sorted positions for the pairs that belong there",
+        "offs.to(tl.int32), mask=mask)",
+        "(start + rank).to(tl.int32), mask=mask)",
+    ),
+    Fault(
+        "grouped",
+        "_find_tile",
+        "every tile of an expert begins at its first pair",
+        "first = begin + (tile - before) * BLOCK_M",
+        "first = begin + (tile - before) * 0",
+    ),
+    Fault(
+        "grouped",
+        "_grouped_shrink_kernel",
+        "the weight of the sorted position for that of the pair",
+        "weights_ptr + pair, mask",
+        "weights_ptr + offs_q, mask",
+    ),
+    Fault(
+        "grouped",
+        "_grouped_expand_kernel",
+        "a slot overwrites the one before",
+        "acc += tl.load(base_ptrs",
+        "acc += 0.0 * tl.load(base_ptrs",
+    ),
+    Fault(
+        "grouped",
+        "_grouped_bwd_gram_kernel",
+        "the pair for its row",
+        "rows = (pair // TOP_K) % V_ROWS",
+        "rows = pair % V_ROWS",
+    ),
+    Fault(
+        "grouped",
+        "_grouped_bwd_sum_kernel",
+        "the last chunk is not added",
+        "range(first, last)",
+        "range(first, last - 1)",
+    ),
+    Fault(
+        "gather",
+        "_gather_fwd_shrink_kernel",
+        "the second block of columns is left out",
+        "range(0, K_IN, BLOCK_K)",
+        "range(0, BLOCK_K, BLOCK_K)",
+    ),
+    Fault(
+        "gather",
+        "_gather_fwd_expand_kernel",
+        "the first slot's expert for all",
+        "index_ptr + row * TOP_K + j).to",
+        "index_ptr + row * TOP_K).to",
+    ),
+    Fault(
+        "sampling",
+        "_philox_uint32",
+        "one round too few",
+        "key_high, 10)",
+        "key_high, 9)",
+    ),
+    Fault(
+        "sampling",
+        "_sample_top_k_fwd_kernel",
+        "an expert may be drawn again",
+        'drawn[:, None], float("-inf"), keys)',
+        "drawn[:, None], keys, keys)",
+    ),
+    Fault(
+        "sampling",
+        "_log_prob_fwd_kernel",
+        "what was drawn stays in the denominator",
+        'left = tl.where(is_drawn, float("-inf"), left)',
+        "left = tl.where(is_drawn, left, left)",
+    ),
+    Fault(
+        "sampling",
+        "_log_prob_bwd_kernel",
+        "the row's gradient is not multiplied in",
+        "dz *= tl.load(grad_ptr",
+        "dz += 0.0 * tl.load(grad_ptr",
+    ),
+    Fault(
+        "shared",
+        "add_product",
+        "the last block of columns is left out",
+        "range(0, K_IN, BLOCK_K)",
+        "range(0, K_IN - BLOCK_K, BLOCK_K)",
+    ),
+    Fault(
+        "shared",
+        "swizzled_pid",
+        "the last group counts as a full one",
+        "rows = min(num_m - first_m, GROUP_M)",
+        "rows = GROUP_M",
+    ),
+]
+NONE = [Fault(strategy, "", "nothing", "", "") for strategy in ("dense", "grouped", "gather")]
+NONE += [Fault(strategy, "", "nothing", "", "") for strategy in ("sampling", "shared")]
+
+
+# What a strategy must pass: several blocks of rows, columns and ranks, all with a remainder, and M
+# selections of one x with weights that are learned. REMIX_GEMM=triton runs the frozen product too.
+PROBLEMS = {
+    "dense": Case(T=70, in_features=70, n=8, k=2, r=5, options=("linear",)),
+    "grouped": Case(T=24, in_features=40, n=4, k=2, r=5, options=("linear", "M3")),
+    "gather": Case(T=3, in_features=70, n=4, k=2, r=5, options=("linear",)),
+}
+SHARED_X = Case(T=36, in_features=40, n=8, k=2, r=5, options=("M3",))
+
+
+def load(name: str, file: str, change: Callable[[str], str], folder: Path) -> ModuleType:
+    """A module from the source of `file`, changed: Triton reads a kernel's source from its file."""
+    path = folder / file
+    path.write_text(change((SOURCES / file).read_text(encoding="utf-8")), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def solve_with(module: Any, strategy: str) -> None:
+    """The problems of a strategy, with its kernels from `module`."""
+    table = {strategy: getattr(module, strategy.upper())}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REMIX_GEMM", "triton")
+        patch.setattr(ops, "triton_strategies", lambda: table)
+        for case in (PROBLEMS[strategy], *([SHARED_X] if strategy == "dense" else [])):
+            inputs, dy, eager, truth = solve(case, torch.float32, DEVICE)
+            if strategy == "gather":  # its backward pass is the dense strategy's
+                with torch.no_grad():
+                    y = op_of(case, strategy)(**inputs)
+                assert_accurate(y, eager["y"], truth["y"])
+            else:
+                actual = run(op_of(case, strategy), inputs, case.trained, dy)
+                assert_all_accurate(actual, eager, truth)
+
+
+def sample_with(module: Any) -> None:
+    """Draws, log-probabilities and their gradient, by the kernels of `module`."""
+    logits, grad = torch.randn(37, 9, device=DEVICE), torch.randn(37, device=DEVICE)
+    want = sample_top_k(logits, 3, seed=2**40 + 1, offset=5, backend="torch")
+    with pytest.MonkeyPatch.context() as patch:
+        twins = (module.sample_top_k_fwd, module.OrderedLogProb.apply, module.log_prob_bwd)
+        patch.setattr(ops, "_triton_sampling", lambda: twins)
+        got = sample_top_k(logits, 3, seed=2**40 + 1, offset=5, backend="triton")
+        assert torch.equal(got, want)
+        results = []
+        for op, z in (
+            (lambda z: selection_log_prob(z, want, backend="triton"), logits),
+            (lambda z: selection_log_prob_eager(z, want), logits),
+            (lambda z: selection_log_prob_eager(z, want), logits.double()),
+        ):
+            z = z.detach().requires_grad_()
+            y = op(z)
+            results.append((y.detach(), torch.autograd.grad(y, z, grad.to(y.dtype))[0]))
+    for actual, eager, truth in zip(*results, strict=True):
+        assert_accurate(actual, eager, truth)
+
+
+def check(fault: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Load the fault's file, faulty, and solve its problems."""
+    change: Callable[[str], str] = (lambda source: source) if not fault.kernel else fault.plant
+    strategy = fault.strategy
+    if strategy == "sampling":
+        sample_with(load("faulty_sampling", "triton_sampling.py", change, folder))
+        return
+    if strategy == "shared":
+        helpers = load("faulty_helpers", "_triton.py", change, folder)
+        patch.setitem(sys.modules, "remix_kernels._triton", helpers)
+        strategy, change = "dense", lambda source: source
+    solve_with(load(f"faulty_{strategy}", f"triton_{strategy}.py", change, folder), strategy)
+
+
+@pytest.mark.parametrize("nothing", NONE, ids=lambda fault: fault.strategy)
+def test_without_a_fault_all_problems_are_solved(
+    nothing: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(nothing, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_fault_is_caught(fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match=r"relative error|equal|dtype"):
+        check(fault, tmp_path, monkeypatch)
+
+
+def test_every_kernel_has_a_fault() -> None:
+    kernels = {
+        line.removeprefix("def ").split("(")[0]
+        for path in SOURCES.glob("triton_*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("def _") and "_kernel(" in line
+    }
+    assert kernels <= {fault.kernel for fault in FAULTS}, kernels
+
+
+def test_the_docs_list_them() -> None:
+    text = KERNELS_DOC.read_text(encoding="utf-8")
+    missing = [str(f) for f in FAULTS if f"| `{f.kernel}` | {f.what} |" not in text]
+    assert not missing
