@@ -147,3 +147,33 @@ def test_interrupted_run_says_what_is_left(
 def test_debug_shows_the_traceback(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="top_k"):
         run(workspace, "train", "--output-dir", str(tmp_path / "run"), "--top-k", "9", "--debug")
+
+
+def test_training_with_the_triton_kernels(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """REMIX_BACKEND=triton in the interpreter: the same losses, up to the order of sums."""
+    pytest.importorskip("triton")
+    from remix_kernels._launch import observe
+
+    launched: set[str] = set()
+
+    def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> bool:
+        launched.add(kernel.fn.__name__)
+        return True
+
+    found = {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("REMIX_BACKEND", backend)
+        monkeypatch.setenv("REMIX_STRICT", "1")
+        folder = tmp_path / backend
+        short = ("--max-steps", "2", "--logging-steps", "1", "--max-new-tokens", "2")
+        with observe(note):
+            code = run(workspace, "train", "--output-dir", str(folder), *short)
+        assert code == 0
+        assert bool(launched) == (backend == "triton")
+        metrics = json.loads((folder / "metrics.json").read_text())
+        losses = [entry["loss"] for entry in metrics["loss_history"]]
+        found[backend] = [metrics["eval_loss_before"], *losses, metrics["eval_loss_after"]]
+    assert found["triton"] == pytest.approx(found["torch"], rel=1e-4)
+    assert {"_dense_bwd_gram_kernel", "_sample_top_k_fwd_kernel", "_log_prob_bwd_kernel"} < launched
