@@ -1,12 +1,15 @@
 """Bytes that every Triton kernel loads and stores, as formulas of its launch.
 
-    python -m benchmarks.traffic        each pass at Llama-3-8B shapes: bytes, and over the floor
+    python -m benchmarks.traffic        each pass at Llama-3-8B shapes, as table and rows
 
 A formula counts what unmasked lanes load and store of floating-point data, tile re-reads included:
 an operand that every column block reads anew counts once a column block, wherever the cache serves
 it from. tests/remix_kernels/test_triton_traffic.py counts the same in the interpreter and finds
-equal numbers, so these are facts about the kernels, on any machine. The floor of a pass is each
-input once and each output once.
+equal numbers, so these are facts about the kernels, on any machine. Two things to hold them to:
+
+    floor   each input of the pass once, each output once, whatever the strategy
+    plan    what the strategy must move: its operands once a kernel that needs them (dense), once a
+            slot (grouped), and nothing read again because a tile has an end
 
 Bookkeeping in integers (indices, offsets) is left out; it is below a percent at these shapes.
 """
@@ -17,13 +20,15 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # nothing is compiled here
 
-from collections.abc import Callable
+import csv
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from benchmarks.common import RESULTS
 from remix_kernels import _configs, triton_dense, triton_gather, triton_grouped
 from remix_kernels._launch import observe
 from remix_kernels._routed import Call, Needs, Strategy
@@ -98,9 +103,16 @@ def grouped_shrink(a: Arguments) -> int:
 
 
 def grouped_expand(a: Arguments) -> int:
-    """One slot: H once a column block, an expert's B once a tile; y read and written."""
+    """One slot: H once a program, an expert's B once a tile; y read and written.
+
+    A program keeps the first BLOCK_R columns of H for all its columns of y.
+    """
     P, N, r = a["y_ptr"].shape[0], a["N_OUT"], a["rank"]
-    loads = size(a["h_ptr"]) * P * r * cdiv(N, a["BLOCK_N"]) + size(a["b_ptr"]) * r * N * tiles(a)
+    programs = cdiv(N, a["BLOCK_N"] * a["COLUMN_BLOCKS"])
+    loads = size(a["h_ptr"]) * P * min(r, a["BLOCK_R"]) * programs
+    if not a["ONE_BLOCK"]:
+        loads += size(a["h_ptr"]) * P * r * programs * a["COLUMN_BLOCKS"]
+    loads += size(a["b_ptr"]) * r * N * tiles(a)
     return loads + size(a["base_ptr"]) * P * N * a["HAS_BASE"] + size(a["y_ptr"]) * P * N
 
 
@@ -215,6 +227,22 @@ def floors(call: Call, dy: Tensor) -> dict[str, int]:
     }
 
 
+def plans(name: str, call: Call, dy: Tensor) -> dict[str, int]:
+    """What the strategy has to move if every operand of a kernel is read once (a slot)."""
+    (T, d), (n, o, r), k = call.x.shape, call.lora_B.shape, call.top_k_index.shape[1]
+    weights, ranks = n * r * (d + o), T * n * r
+    if name == "dense":
+        forward = T * d + weights + 2 * ranks + 2 * T * o
+        backward = 2 * T * o + 3 * T * d + 3 * ranks + 2 * weights
+    elif name == "grouped":
+        ranks = T * k * r
+        forward = k * T * d + weights + 2 * ranks + 2 * k * T * o
+        backward = 2 * k * T * o + 3 * k * T * d + 3 * ranks + 2 * weights
+    else:
+        forward, backward = T * d + T * k * r * (d + o) + 2 * T * o, 0
+    return {"forward": size(call.x) * forward, "backward": size(call.x) * backward}
+
+
 SHAPES = [  # Llama-3-8B: rows, in, out, n, k, r
     (16384, 4096, 14336, 8, 4, 8),
     (16384, 14336, 4096, 8, 4, 8),
@@ -224,16 +252,15 @@ SHAPES = [  # Llama-3-8B: rows, in, out, n, k, r
 ]
 
 
-def main() -> None:
-    """Print the table."""
-    _configs.arch = lambda device: "sm_90"
-    strategies = {
-        "dense": triton_dense.DENSE,
-        "grouped": triton_grouped.GROUPED,
-        "gather": triton_gather.GATHER,
-    }
-    print("| shape | strategy | pass | MiB | over the floor | launches |")
-    print("| --- | --- | --- | --- | --- | --- |")
+STRATEGIES = {
+    "dense": triton_dense.DENSE,
+    "grouped": triton_grouped.GROUPED,
+    "gather": triton_gather.GATHER,
+}
+
+
+def table() -> Iterator[dict[str, str]]:
+    """A row for every pass that makes sense at a shape, in bf16."""
     for T, d, o, n, k, r in SHAPES:
         half = {"dtype": torch.bfloat16, "device": "meta"}
         index = torch.empty(T, k, dtype=torch.int32, device="meta")
@@ -241,15 +268,33 @@ def main() -> None:
         base, dy = torch.empty(T, o, **half), torch.empty(T, o, **half)
         call = Call(torch.empty(T, d, **half), None, None, base, A, B, index, 0.5)
         floor = floors(call, dy)
-        for name, strategy in strategies.items():
-            if name == "gather" and T > 64:
+        for name, strategy in STRATEGIES.items():
+            if (name == "gather") != (T <= 64) or (name == "dense" and n * r > 1024):
                 continue
+            plan = plans(name, call, dy)
             for which, (moved, launches) in passes(strategy, call, dy, name != "gather").items():
-                shape = f"T{T} {d}→{o} n{n} k{k} r{r}"
-                print(
-                    f"| {shape} | {name} | {which} | {moved / 2**20:.0f} "
-                    f"| {moved / floor[which]:.2f} | {launches} |"
-                )
+                yield {
+                    "shape": f"T{T} {d} to {o} n{n} k{k} r{r}",
+                    "strategy": name,
+                    "pass": which,
+                    "mib": f"{moved / 2**20:.1f}",
+                    "over_plan": f"{moved / plan[which]:.2f}",
+                    "over_floor": f"{moved / floor[which]:.2f}",
+                    "launches": str(launches),
+                }
+
+
+def main() -> None:
+    """Print the table, with the configurations of sm_90, and write it to results/traffic.csv."""
+    _configs.arch = lambda device: "sm_90"
+    rows = list(table())
+    print("| " + " | ".join(rows[0]) + " |\n" + "| --- " * len(rows[0]) + "|")
+    for row in rows:
+        print("| " + " | ".join(row.values()) + " |")
+    with (RESULTS / "traffic.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

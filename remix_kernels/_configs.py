@@ -84,39 +84,62 @@ def gram(where: str, itemsize: int, columns: int) -> Config:
     """A few rows of a product over T: dA, dB."""
     if where == "interpreter":
         return {"BLOCK_R": min(32, padded(columns)), "BLOCK_N": 32, "BLOCK_M": 32}
+    block_r = min(64 if itemsize == 4 else 128, padded(columns))  # v is read once a block of rows
     return {
-        "BLOCK_R": min(64, padded(columns)),
+        "BLOCK_R": block_r,
         "BLOCK_N": 128,
         "BLOCK_M": 32,
-        "num_warps": 4,
+        "num_warps": 8 if block_r > 64 else 4,
         "num_stages": 3,
     }
 
 
-def grouped_shrink(where: str, itemsize: int, rank: int) -> Config:
-    """One expert's pairs times its A (or B)."""
+def plane_rows(where: str) -> int:
+    """Rows that one program of the Gram kernel sums."""
+    return 64 if where == "interpreter" else 4096
+
+
+def grouped_shrink(where: str, itemsize: int, rank: int, pairs_each: int) -> Config:
+    """One expert's pairs times its A (or B); each has about `pairs_each` of them."""
     if where == "interpreter":
         return {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_K": 32}
+    block_m = _tile_rows(where, itemsize, rank, pairs_each, most=128)
     return {
-        "BLOCK_M": 64,
+        "BLOCK_M": block_m,
         "BLOCK_R": min(32 if itemsize == 4 else 128, padded(rank)),
         "BLOCK_K": 32 if itemsize == 4 else 64,
-        "num_warps": 4,
+        "num_warps": 4 if block_m == 64 else 8,
         "num_stages": 3,
     }
 
 
-def grouped_expand(where: str, itemsize: int, rank: int, *, aligned: bool) -> Config:
-    """One expert's rank-sized pairs to a tile of y."""
+def grouped_expand(
+    where: str, itemsize: int, rank: int, pairs_each: int, *, aligned: bool
+) -> Config:
+    """One expert's rank-sized pairs to tiles of y; each has about `pairs_each` in a slot."""
     if where == "interpreter":
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16}
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16, "COLUMN_BLOCKS": 2}
+    block_m = _tile_rows(where, itemsize, rank, pairs_each, most=256) if aligned else 64
+    block_n = 128 if itemsize == 2 and aligned and block_m < 256 else 64  # 256 x 128 spill
     return {
-        "BLOCK_M": 64,
-        "BLOCK_N": 128 if itemsize == 2 and aligned else 64,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
         "BLOCK_R": min(32 if itemsize == 4 else 64, padded(rank)),
-        "num_warps": 4,
+        "COLUMN_BLOCKS": 512 // block_n,  # of one program, which keeps its H
+        "num_warps": 4 if block_m == 64 else 8,
         "num_stages": 2,
     }
+
+
+def _tile_rows(where: str, itemsize: int, rank: int, pairs_each: int, most: int) -> int:
+    """Rows of a tile of one expert's pairs: an expert's weights are read once a tile.
+
+    From 64 rows on the multiply instructions are the same ones, so that a row's result does not
+    depend on this choice.
+    """
+    if rank < 32 or itemsize == 4 or where.startswith("gfx"):
+        return 64
+    return max(64, min(most, triton.next_power_of_2(pairs_each)))
 
 
 def grouped_gram(where: str, itemsize: int, rank: int) -> Config:

@@ -39,8 +39,6 @@ from remix_kernels._launch import launch
 from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, base_and_output, frozen_dx
 from remix_kernels._triton import add_product, dot, precision, swizzled_pid
 
-_PLANE_ROWS = 4096  # rows summed by one program of the Gram kernel, at least
-
 
 @triton.jit
 def _mask(
@@ -552,8 +550,9 @@ def expand(
 def gram(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     """u^T v, [R, D] in `dtype`. u [P, R], v [P, D]: over planes of rows, added in order."""
     P, R, D = *u.shape, v.shape[1]
-    config = _configs.gram(_configs.arch(u.device), u.element_size(), R)
-    plane_rows = max(config["BLOCK_M"] * 2 if _configs.INTERPRET else _PLANE_ROWS, 1)
+    where = _configs.arch(u.device)
+    config = _configs.gram(where, u.element_size(), R)
+    plane_rows = _configs.plane_rows(where)
     planes = triton.cdiv(P, plane_rows)
     result = torch.empty(R, D, dtype=dtype, device=u.device)
     parts = (

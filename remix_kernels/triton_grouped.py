@@ -216,10 +216,12 @@ def _grouped_expand_kernel(
     stride_br,
     TOP_K: tl.constexpr,
     HAS_BASE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # rank <= BLOCK_R: H is loaded once for all columns
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     expert, first, last = _find_tile(
@@ -227,33 +229,47 @@ def _grouped_expand_kernel(
     )
     if first < last:
         offs_q = first + tl.arange(0, BLOCK_M)
-        offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_m, mask_n = offs_q < last, offs_n < N_OUT
-        n = offs_n.to(tl.int64)
+        mask_m = offs_q < last
         rows = tl.load(order_ptr + offs_q, mask=mask_m, other=0).to(tl.int64) // TOP_K
-        b_base = b_ptr + expert.to(tl.int64) * stride_bn + n * stride_bo
-        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        for start in range(0, rank, BLOCK_R):
-            offs_r = start + tl.arange(0, BLOCK_R)
-            mask_r = offs_r < rank
-            h = tl.load(
-                h_ptr + offs_q[:, None].to(tl.int64) * rank + offs_r[None, :],
-                mask=mask_m[:, None] & mask_r[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                b_base[None, :] + offs_r[:, None].to(tl.int64) * stride_br,
-                mask=mask_r[:, None] & mask_n[None, :],
-                other=0.0,
-            )
-            acc = dot(h, b.to(h.dtype), acc, PRECISION)
-        mask = mask_m[:, None] & mask_n[None, :]
-        if HAS_BASE:
-            base_rows = (rows % BASE_ROWS) * stride_basem
-            base_ptrs = base_ptr + base_rows[:, None] + n[None, :] * stride_basen
-            acc += tl.load(base_ptrs, mask=mask, other=0.0).to(tl.float32)
-        y_ptrs = y_ptr + rows[:, None] * N_OUT + n[None, :]
-        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        h_rows = h_ptr + offs_q.to(tl.int64) * rank
+        b_expert = b_ptr + expert.to(tl.int64) * stride_bn
+        offs_r = tl.arange(0, BLOCK_R)
+        mask_r = offs_r < rank
+        h = tl.load(
+            h_rows[:, None] + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0
+        )
+        for column in range(COLUMN_BLOCKS):
+            offs_n = (tl.program_id(1) * COLUMN_BLOCKS + column) * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < N_OUT
+            n = offs_n.to(tl.int64)
+            acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            if ONE_BLOCK:
+                b = tl.load(
+                    b_expert + offs_r[:, None].to(tl.int64) * stride_br + n[None, :] * stride_bo,
+                    mask=mask_r[:, None] & mask_n[None, :],
+                    other=0.0,
+                )
+                acc = dot(h, b.to(h.dtype), acc, PRECISION)
+            else:
+                acc = add_product(
+                    acc,
+                    h_rows,
+                    1,
+                    mask_m,
+                    b_expert + n * stride_bo,
+                    stride_br,
+                    mask_n,
+                    rank,
+                    PRECISION,
+                    BLOCK_R,
+                )
+            mask = mask_m[:, None] & mask_n[None, :]
+            if HAS_BASE:
+                base_rows = (rows % BASE_ROWS) * stride_basem
+                base_ptrs = base_ptr + base_rows[:, None] + n[None, :] * stride_basen
+                acc += tl.load(base_ptrs, mask=mask, other=0.0).to(tl.float32)
+            y_ptrs = y_ptr + rows[:, None] * N_OUT + n[None, :]
+            tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -456,7 +472,9 @@ def shrink(
     weights = call.top_k_weights
     tensor = weights.contiguous() if isinstance(weights, Tensor) else hidden
     lora_A = lora_A.expand(n, -1, -1)
-    config = _configs.grouped_shrink(_configs.arch(x.device), x.element_size(), hidden.shape[1])
+    config = _configs.grouped_shrink(
+        _configs.arch(x.device), x.element_size(), hidden.shape[1], hidden.shape[0] // n
+    )
     stored = keep if keep is not None else hidden if dot_with is None else dot_with
     launch(
         _grouped_shrink_kernel,
@@ -500,6 +518,7 @@ def expand(
         _configs.arch(y.device),
         y.element_size(),
         hidden.shape[1],
+        P // n,
         aligned=_configs.aligned(y),
     )
     ends = tile_ends(pairs, top_k, config["BLOCK_M"], by_slot=True)
@@ -507,9 +526,12 @@ def expand(
         start = base if slot == 0 else y
         launch(
             _grouped_expand_kernel,
-            lambda c: (triton.cdiv(P, c["BLOCK_M"]) + n, triton.cdiv(y.shape[1], c["BLOCK_N"])),
+            lambda c: (
+                triton.cdiv(P, c["BLOCK_M"]) + n,
+                triton.cdiv(y.shape[1], c["BLOCK_N"] * c["COLUMN_BLOCKS"]),
+            ),
             config,
-            ("BLOCK_M",),
+            ("BLOCK_M", "BLOCK_R"),
             h_ptr=hidden,
             b_ptr=lora_B,
             order_ptr=pairs.order,
@@ -529,6 +551,7 @@ def expand(
             stride_br=lora_B.stride(2),
             TOP_K=top_k,
             HAS_BASE=start is not None,
+            ONE_BLOCK=hidden.shape[1] <= config["BLOCK_R"],
             PRECISION=precision(),
             BLOCK_E=triton.next_power_of_2(n),
         )

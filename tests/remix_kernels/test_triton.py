@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -143,3 +144,29 @@ def test_a_row_does_not_depend_on_the_others(
     rows = ("x", "top_k_index", "top_k_weights")
     part = {k: v[7:12] if k in rows else v for k, v in inputs.items()}
     assert torch.equal(op(**part), whole[7:12])
+
+
+def far_apart(tensor: Tensor) -> Tensor:
+    """The same numbers, the last of the first dimension over 2^31 elements behind the first.
+
+    The memory between is never touched, so it takes none.
+    """
+    stride = 2**31 // (tensor.shape[0] - 1) + 64
+    untouched = numpy.empty(stride * tensor.shape[0], dtype=numpy.int16)
+    storage = torch.from_numpy(untouched).view(torch.float16)
+    strides = (stride, *tensor[0].stride())
+    far = storage.as_strided(tensor.shape, strides)
+    return far.copy_(tensor)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes memory that is never touched")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "base", "dy"])
+def test_rows_more_than_2_to_31_elements_apart(name: str, strategy: str) -> None:
+    case = Case(T=3, in_features=20, out_features=24, n=3, k=2, r=3, options=("base",))
+    inputs, dy, eager, truth = solve(case, torch.float16, DEVICE)
+    if name == "dy":
+        dy = far_apart(dy)
+    else:
+        inputs = {**inputs, name: far_apart(inputs[name])}
+    assert_all_accurate(run(op_of(case, strategy), inputs, case.trained, dy), eager, truth)

@@ -142,3 +142,18 @@ def test_any_order_of_programs_gives_the_same_bits(
     with shuffled(monkeypatch, seed=1):
         again = passes(case, strategy)
     assert all(torch.equal(again[name], straight[name]) for name in straight)
+
+
+def test_grouped_reads_its_operands_about_once_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full size, by the formulas: within 1.2 of k ordered read-modify-write passes."""
+    from benchmarks import traffic
+    from remix_kernels import _configs
+
+    monkeypatch.setattr(_configs, "arch", lambda device: "sm_90")
+    ratios = {
+        row["shape"]: float(row["over_plan"])
+        for row in traffic.table()
+        if (row["strategy"], row["pass"]) == ("grouped", "forward")
+    }
+    assert len(ratios) == 4
+    assert all(0.99 <= ratio <= 1.2 for ratio in ratios.values()), ratios
