@@ -2,10 +2,13 @@
 
     frozen          x W^T and its dx, cuBLAS: the floor
     auto            routed_linear as the layers call it
-    dense, grouped  the strategies of the Triton backend; dense_own: the K-extended GEMM of ours
+    dense, grouped  the strategies of the Triton backend
+    dense_own       dense with the frozen product in our K-extended GEMM; plain_own: that GEMM with
+                    no adapter, forward only, which dense_own is held to
     torch_dense     the PyTorch backend, eager; torch_compiled: the same under torch.compile
     grouped_mm      rows sorted by expert, torch's grouped GEMM, index_add
     expert_loop     a loop over experts with index_add_, as mixtures of LoRAs are usually written
+    scattermoe      Axolotl's ScatterMoE kernels on the same pool, where axolotl is installed
     lora_kr, lora_nr  PEFT LoRA of rank k r and n r
 
 and decoding of 1 to 32 rows in a CUDA graph: frozen, auto, gather, dense.
@@ -34,7 +37,7 @@ from torch import Tensor, nn
 
 from benchmarks.bench_layer import Case
 from benchmarks.common import RESULTS, environment, relative_error
-from remix_kernels import routed_linear
+from remix_kernels import routed_linear, triton_dense
 
 CASES = (
     Case("Llama-3-8B up", 16384, 4096, 14336, 8, 4, 8),
@@ -115,6 +118,28 @@ class Problem:
         )
         return self.linear(self.x).index_add(0, rows, out)
 
+    def scattermoe(self) -> Tensor:
+        """Two of its linears: x to each chosen expert's ranks, and those to y, summed by gates."""
+        from axolotl.integrations.kernels.libs.scattermoe_lora import (
+            flatten_sort_count,
+            parallel_linear,
+        )
+
+        k, gates = self.case.k, self.x.new_full(self.index.shape, 0.5)
+        order = flatten_sort_count(self.index.long(), self.case.n)
+        hidden = parallel_linear(self.x, self.lora_A.transpose(1, 2), k, *order, grouped_out=True)
+        columns = self.lora_B.transpose(1, 2)
+        y = parallel_linear(hidden, columns, 1, *order, gates=gates, grouped_in=True)
+        return self.linear(self.x) + y
+
+    @torch.no_grad()
+    def plain_own(self) -> Tensor:
+        """x W^T in our GEMM: the K-extended kernel with no columns to extend by."""
+        x, y = self.x, self.x.new_empty(self.case.rows, self.case.out_features)
+        nothing = x.new_empty(self.case.rows, 0)
+        triton_dense.expand(nothing, self.lora_B[:1], y, x=x, weight=self.linear.weight)
+        return y
+
     def variants(self) -> dict[str, Callable[[], Tensor]]:
         """Forward passes by name."""
         compiled = torch.compile(lambda: self.remix(backend="torch", strategy="dense"))
@@ -122,39 +147,39 @@ class Problem:
             "frozen": lambda: self.linear(self.x),
             "auto": self.remix,
             "dense": lambda: self.remix(backend="triton", strategy="dense"),
-            "dense_own": self._dense_own,
+            "dense_own": lambda: self.remix(backend="triton", strategy="dense"),
+            "plain_own": self.plain_own,
             "grouped": lambda: self.remix(backend="triton", strategy="grouped"),
             "torch_dense": lambda: self.remix(backend="torch", strategy="dense"),
             "torch_compiled": compiled,
             "grouped_mm": self.grouped_mm,
+            "scattermoe": self.scattermoe,
             "expert_loop": self.expert_loop,
             "lora_kr": lambda: self.loras["lora_kr"](self.x),
             "lora_nr": lambda: self.loras["lora_nr"](self.x),
         }
         return found
 
-    def _dense_own(self) -> Tensor:
-        with own_gemm():
-            return self.remix(backend="triton", strategy="dense")
-
 
 @contextmanager
-def own_gemm() -> Iterator[None]:
-    """The frozen product in our K-extended kernel."""
-    os.environ["REMIX_GEMM"] = "triton"
+def gemm_of(name: str) -> Iterator[None]:
+    """Where the variant is named so: the frozen product in our kernel, in both passes."""
+    if name == "dense_own":
+        os.environ["REMIX_GEMM"] = "triton"
     try:
         yield
     finally:
-        del os.environ["REMIX_GEMM"]
+        os.environ.pop("REMIX_GEMM", None)
 
 
 def check(problem: Problem, name: str, forward: Callable[[], Tensor]) -> str:
     """Raise unless a variant of the mixture is right; return why it cannot run, else ""."""
     try:
-        y = forward()
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        with gemm_of(name):
+            y = forward()
+    except (ImportError, RuntimeError, AttributeError, NotImplementedError) as error:
         return " ".join(str(error).split())[:120] or type(error).__name__
-    if name in ("frozen", "lora_kr", "lora_nr"):
+    if name in ("frozen", "plain_own", "lora_kr", "lora_nr"):
         return ""
     with torch.no_grad():
         few = slice(0, 256)
@@ -198,24 +223,27 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
             continue
         runnable[name] = forward
 
-    def step(forward: Callable[[], Tensor]) -> Callable[[], None]:
+    def step(name: str, forward: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:
-            forward().backward(problem.dy)
+            with gemm_of(name):
+                forward().backward(problem.dy)
             problem.x.grad = problem.lora_A.grad = problem.lora_B.grad = None
             for lora in problem.loras.values():
                 lora.zero_grad(set_to_none=True)
 
         return run
 
-    def forward_only(forward: Callable[[], Tensor]) -> Callable[[], None]:
+    def forward_only(name: str, forward: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:
-            with torch.no_grad():
+            with torch.no_grad(), gemm_of(name):
                 forward()
 
         return run
 
     for which, wrap in (("forward", forward_only), ("forward+backward", step)):
-        runs = {name: wrap(forward) for name, forward in runnable.items()}
+        runs = {name: wrap(name, forward) for name, forward in runnable.items()}
+        if which != "forward":
+            runs.pop("plain_own", None)
         peaks = {name: _peak_mib(run) for name, run in runs.items()}
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds):
