@@ -10,8 +10,8 @@ bytes, shared memory, tensor-core instructions, 128-bit and narrower global acce
 programs fit on one multiprocessor by those figures.
 
 `--check` fails on: a configuration that does not compile, a spill in 16 bits, a 16-bit matrix
-product without tensor cores, more shared memory than the target has, and no 128-bit access in a
-product whose rows are aligned.
+product without tensor cores, more shared memory than the target has, and, in a product whose rows
+begin at 16 bytes, no 128-bit access or a tile that is read element by element.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class Row:
     shared_kib: float = 0.0
     tensor_core: int = 0
     wide_accesses: int = 0
-    narrow_reads: int = 0
+    narrow_reads: int = 0  # indices, offsets and weights among them
+    element_reads: int = 0  # of 16 bits
     programs_per_sm: int = 0
     compile_s: float = 0.0
     error: str = ""
@@ -236,7 +237,9 @@ def _read_cubin(asm: dict[str, Any], row: Row) -> None:
     row.spilled_bytes = 4 * len(re.findall(r"\b(?:STL|LDL)\b", sass))
     row.tensor_core = len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", sass))
     row.wide_accesses = len(re.findall(r"\b(?:LDG|LDGSTS|STG)\S*\.128", sass))
-    row.narrow_reads = len(re.findall(r"\bLDG(?!\S*\.128)|\bLDGSTS(?!\S*\.128)", sass))
+    reads = re.findall(r"\b(?:LDG|LDGSTS)\.\S+", sass)
+    row.narrow_reads = sum(".128" not in read for read in reads)
+    row.element_reads = sum(".U16" in read or ".S16" in read for read in reads)
 
 
 def _read_amdgcn(asm: dict[str, Any], row: Row) -> None:
@@ -246,6 +249,7 @@ def _read_amdgcn(asm: dict[str, Any], row: Row) -> None:
     row.tensor_core = text.count("v_mfma")
     row.wide_accesses = len(re.findall(r"\b(?:global|buffer)_(?:load|store)_dwordx4", text))
     row.narrow_reads = len(re.findall(r"\b(?:global|buffer)_load_(?!dwordx4)", text))
+    row.element_reads = len(re.findall(r"\b(?:global|buffer)_load_(?:ushort|sshort|short)", text))
 
 
 def faults(row: Row, arguments: dict[str, Any]) -> Iterator[str]:
@@ -264,6 +268,10 @@ def faults(row: Row, arguments: dict[str, Any]) -> Iterator[str]:
     aligned = all(size % 16 == 0 for size in sizes)
     if product and row.dtype != "float32" and aligned and not row.wide_accesses:
         yield "no 128-bit access, and its rows are aligned"
+    aligned = aligned and arguments.get("RANK", 8) % 8 == 0 and arguments.get("R", 8) % 8 == 0
+    learned = arguments.get("HAS_WEIGHTS")  # a weight a pair: never neighbours
+    if product and row.dtype != "float32" and aligned and not learned and row.element_reads:
+        yield f"{row.element_reads} reads of one element, and its rows are aligned"
 
 
 def main() -> None:

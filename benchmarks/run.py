@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import bench_layer, bench_train_step
+from benchmarks import bench_crossover, bench_layer, bench_train_step
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--no-save", action="store_true")
     parser.parse_args(arguments)  # before the first of them writes rows
-    for module in (bench_layer, bench_train_step):
+    for module in (bench_layer, bench_crossover, bench_train_step):
         print(f"\n== {module.__name__}")
         sys.argv = [module.__name__, *arguments]
         module.main()

@@ -87,14 +87,14 @@ def dense_sum(a: Arguments) -> int:
 def dense_dweights(a: Arguments) -> int:
     """The chosen experts' dH and S once."""
     pairs = a["P"] * a["TOP_K"]
-    return pairs * a["rank"] * (size(a["dh_ptr"]) + size(a["s_ptr"])) + pairs * size(
+    return pairs * a["RANK"] * (size(a["dh_ptr"]) + size(a["s_ptr"])) + pairs * size(
         a["dweights_ptr"]
     )
 
 
 def grouped_shrink(a: Arguments) -> int:
     """x once a pair and column block, an expert's A once a tile of its pairs."""
-    pairs, K, r = a["h_ptr"].shape[0], a["K_IN"], a["rank"]
+    pairs, K, r = a["h_ptr"].shape[0], a["K_IN"], a["RANK"]
     loads = size(a["x_ptr"]) * pairs * K * cdiv(r, a["BLOCK_R"])
     loads += size(a["a_ptr"]) * r * K * tiles(a)
     loads += size(a["weights_ptr"]) * pairs * a["HAS_WEIGHTS"] + 4 * pairs * r * a["DOT_S"]
@@ -107,10 +107,10 @@ def grouped_expand(a: Arguments) -> int:
 
     A program keeps the first BLOCK_R columns of H for all its columns of y.
     """
-    P, N, r = a["y_ptr"].shape[0], a["N_OUT"], a["rank"]
+    P, N, r = a["y_ptr"].shape[0], a["N_OUT"], a["RANK"]
     programs = cdiv(N, a["BLOCK_N"] * a["COLUMN_BLOCKS"])
     loads = size(a["h_ptr"]) * P * min(r, a["BLOCK_R"]) * programs
-    if not a["ONE_BLOCK"]:
+    if r > a["BLOCK_R"]:
         loads += size(a["h_ptr"]) * P * r * programs * a["COLUMN_BLOCKS"]
     loads += size(a["b_ptr"]) * r * N * tiles(a)
     return loads + size(a["base_ptr"]) * P * N * a["HAS_BASE"] + size(a["y_ptr"]) * P * N
@@ -118,7 +118,7 @@ def grouped_expand(a: Arguments) -> int:
 
 def grouped_gram(a: Arguments) -> int:
     """u once a column block, v once a pair and row block; a result a chunk."""
-    pairs, r, D = a["u_ptr"].shape[0], a["rank"], a["D"]
+    pairs, r, D = a["u_ptr"].shape[0], a["RANK"], a["D"]
     loads = size(a["u_ptr"]) * pairs * r * cdiv(D, a["BLOCK_N"])
     loads += size(a["v_ptr"]) * pairs * D * cdiv(r, a["BLOCK_R"])
     return loads + 4 * tiles(a) * r * D
@@ -131,7 +131,7 @@ def grouped_sum(a: Arguments) -> int:
 
 def gather_shrink(a: Arguments) -> int:
     """The chosen A once; x once a pair and rank block."""
-    pairs, K, r = a["h_ptr"].shape[0] * a["TOP_K"], a["K_IN"], a["rank"]
+    pairs, K, r = a["h_ptr"].shape[0] * a["TOP_K"], a["K_IN"], a["RANK"]
     blocks = cdiv(r, a["BLOCK_R"])
     loads = size(a["x_ptr"]) * pairs * K * blocks + size(a["a_ptr"]) * pairs * r * K
     return loads + size(a["weights_ptr"]) * pairs * blocks * a["HAS_WEIGHTS"] + 4 * pairs * r
@@ -139,7 +139,7 @@ def gather_shrink(a: Arguments) -> int:
 
 def gather_expand(a: Arguments) -> int:
     """The chosen B once; h once a column block."""
-    P, N, r = a["y_ptr"].shape[0], a["N_OUT"], a["rank"]
+    P, N, r = a["y_ptr"].shape[0], a["N_OUT"], a["RANK"]
     loads = 4 * P * a["TOP_K"] * r * cdiv(N, a["BLOCK_N"])
     loads += size(a["b_ptr"]) * P * a["TOP_K"] * r * N
     return loads + size(a["base_ptr"]) * P * N * a["HAS_BASE"] + size(a["y_ptr"]) * P * N

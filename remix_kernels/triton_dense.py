@@ -77,7 +77,7 @@ def _dense_fwd_shrink_kernel(
     T,
     K_IN,
     R,
-    rank,
+    RANK: tl.constexpr,
     num_selections,
     scale,
     stride_xm,
@@ -96,9 +96,9 @@ def _dense_fwd_shrink_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < T, offs_r < R
-    expert = offs_r // rank
+    expert = offs_r // RANK
     x_rows = x_ptr + offs_m * stride_xm
-    a_rows = a_ptr + expert.to(tl.int64) * stride_an + (offs_r % rank).to(tl.int64) * stride_ar
+    a_rows = a_ptr + expert.to(tl.int64) * stride_an + (offs_r % RANK).to(tl.int64) * stride_ar
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     acc = add_product(
         acc, x_rows, stride_xk, mask_m, a_rows, stride_ak, mask_r, K_IN, PRECISION, BLOCK_K
@@ -138,7 +138,7 @@ def _dense_fwd_expand_kernel(
     K_IN,
     N_OUT,
     R,
-    rank,
+    RANK: tl.constexpr,
     BASE_ROWS,
     stride_xm,
     stride_xk,
@@ -174,8 +174,8 @@ def _dense_fwd_expand_kernel(
     for start in range(0, R, BLOCK_R):
         offs_r = start + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
-        expert = (offs_r // rank).to(tl.int64)
-        b_rows = expert * stride_bn + (offs_r % rank).to(tl.int64) * stride_br
+        expert = (offs_r // RANK).to(tl.int64)
+        b_rows = expert * stride_bn + (offs_r % RANK).to(tl.int64) * stride_br
         h = tl.load(
             h_rows[:, None] + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0
         )
@@ -205,7 +205,7 @@ def _dense_bwd_dh_kernel(
     T,
     N_OUT,
     R,
-    rank,
+    RANK: tl.constexpr,
     num_selections,
     scale,
     stride_dym,
@@ -225,8 +225,8 @@ def _dense_bwd_dh_kernel(
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < T, offs_r < R
     out_mask = mask_m[:, None] & mask_r[None, :]
-    expert = offs_r // rank
-    b_rows = b_ptr + expert.to(tl.int64) * stride_bn + (offs_r % rank).to(tl.int64) * stride_br
+    expert = offs_r // RANK
+    b_rows = b_ptr + expert.to(tl.int64) * stride_bn + (offs_r % RANK).to(tl.int64) * stride_br
     ds = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     for m in range(num_selections):
         rows = offs_m + m * tl.cast(T, tl.int64)
@@ -321,7 +321,7 @@ def _dense_bwd_dweights_kernel(
     P,
     T,
     R,
-    rank,
+    RANK: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -331,10 +331,10 @@ def _dense_bwd_dweights_kernel(
     for j in range(TOP_K):
         chosen = tl.load(index_ptr + rows * TOP_K + j, mask=mask_m, other=0).to(tl.int64)
         acc = tl.zeros([BLOCK_M], dtype=tl.float32)
-        for start in range(0, rank, BLOCK_R):
+        for start in range(0, RANK, BLOCK_R):
             offs_r = start + tl.arange(0, BLOCK_R)
-            mask = mask_m[:, None] & (offs_r < rank)[None, :]
-            columns = (chosen * rank)[:, None] + offs_r[None, :]
+            mask = mask_m[:, None] & (offs_r < RANK)[None, :]
+            columns = (chosen * RANK)[:, None] + offs_r[None, :]
             dh = tl.load(dh_ptr + rows[:, None] * R + columns, mask=mask, other=0.0)
             s = tl.load(s_ptr + (rows % T)[:, None] * R + columns, mask=mask, other=0.0)
             acc += tl.sum(dh.to(tl.float32) * s.to(tl.float32), axis=1)
@@ -364,7 +364,7 @@ def dense_prepare(call: Call, learned: bool) -> Kept:
         T=rows,
         K_IN=x.shape[1],
         R=n * r,
-        rank=r,
+        RANK=r,
         num_selections=P // rows,
         scale=scale,
         stride_xm=x.stride(0),
@@ -423,7 +423,7 @@ def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
         T=rows,
         N_OUT=out,
         R=n * r,
-        rank=r,
+        RANK=r,
         num_selections=P // rows,
         scale=scale,
         stride_dym=dy.stride(0),
@@ -449,7 +449,7 @@ def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
             P=P,
             T=rows,
             R=n * r,
-            rank=r,
+            RANK=r,
             TOP_K=index.shape[1],
             BLOCK_M=32,
             BLOCK_R=16,
@@ -529,7 +529,7 @@ def expand(
         K_IN=first.shape[1] if fused else 0,
         N_OUT=out,
         R=R,
-        rank=lora_B.shape[2],
+        RANK=lora_B.shape[2],
         BASE_ROWS=start.shape[0],
         stride_xm=first.stride(0),
         stride_xk=first.stride(1),

@@ -34,7 +34,7 @@ def _gather_fwd_shrink_kernel(
     h_ptr,  # [P, top_k, r] fp32, out
     T,
     K_IN,
-    rank,
+    RANK: tl.constexpr,
     scale,
     stride_xm,
     stride_xk,
@@ -48,7 +48,7 @@ def _gather_fwd_shrink_kernel(
 ):
     pair = tl.program_id(0).to(tl.int64)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_r = offs_r < rank
+    mask_r = offs_r < RANK
     expert = tl.load(index_ptr + pair).to(tl.int64)
     x_row = x_ptr + ((pair // TOP_K) % T) * stride_xm
     a_rows = a_ptr + expert * stride_an + offs_r.to(tl.int64) * stride_ar
@@ -69,7 +69,7 @@ def _gather_fwd_shrink_kernel(
         h *= tl.load(weights_ptr + pair).to(tl.float32)
     else:
         h *= scale
-    tl.store(h_ptr + pair * rank + offs_r, h, mask=mask_r)
+    tl.store(h_ptr + pair * RANK + offs_r, h, mask=mask_r)
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _gather_fwd_expand_kernel(
     base_ptr,  # [BASE_ROWS, N_OUT] by strides, when HAS_BASE
     y_ptr,  # [P, N_OUT], out; may be base
     N_OUT,
-    rank,
+    RANK: tl.constexpr,
     BASE_ROWS,
     stride_basem,
     stride_basen,
@@ -102,11 +102,11 @@ def _gather_fwd_expand_kernel(
         acc += tl.load(base_row + n * stride_basen, mask=mask_n, other=0.0).to(tl.float32)
     for j in range(TOP_K):
         expert = tl.load(index_ptr + row * TOP_K + j).to(tl.int64)
-        h_row = h_ptr + (row * TOP_K + j) * rank
+        h_row = h_ptr + (row * TOP_K + j) * RANK
         b_cols = b_ptr + expert * stride_bn + n * stride_bo
-        for start in range(0, rank, BLOCK_R):
+        for start in range(0, RANK, BLOCK_R):
             offs_r = start + tl.arange(0, BLOCK_R)
-            mask_r = offs_r < rank
+            mask_r = offs_r < RANK
             h = tl.load(h_row + offs_r, mask=mask_r, other=0.0)
             b = tl.load(
                 b_cols[None, :] + offs_r[:, None].to(tl.int64) * stride_br,
@@ -143,7 +143,7 @@ def gather_fwd(call: Call, kept: Kept) -> Tensor:
         h_ptr=hidden,
         T=x.shape[0],
         K_IN=x.shape[1],
-        rank=r,
+        RANK=r,
         scale=0.0 if isinstance(weights, Tensor) else float(weights),
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
@@ -166,7 +166,7 @@ def gather_fwd(call: Call, kept: Kept) -> Tensor:
         base_ptr=start,
         y_ptr=y,
         N_OUT=out,
-        rank=r,
+        RANK=r,
         BASE_ROWS=start.shape[0],
         stride_basem=start.stride(0),
         stride_basen=start.stride(1),

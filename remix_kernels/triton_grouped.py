@@ -91,9 +91,9 @@ def _grouped_sort_scatter_kernel(
     mask = offs < PAIRS
     group = _groups(index_ptr, offs, mask, TOP_K, -1)
     earlier = (group[:, None] == group[None, :]) & (lane[None, :] < lane[:, None])
-    rank = tl.sum(earlier.to(tl.int32), axis=1)
+    place = tl.sum(earlier.to(tl.int32), axis=1)
     start = tl.load(starts_ptr + block * GROUPS + group, mask=mask, other=0)
-    tl.store(order_ptr + start + rank, offs.to(tl.int32), mask=mask)
+    tl.store(order_ptr + start + place, offs.to(tl.int32), mask=mask)
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def _grouped_shrink_kernel(
     dot_ptr,  # [PAIRS] in the order of the index, out when DOT_S: product . S
     X_ROWS,
     K_IN,
-    rank,
+    RANK: tl.constexpr,
     N_EXPERTS,
     scale,
     stride_xm,
@@ -174,15 +174,15 @@ def _grouped_shrink_kernel(
         else:
             w = tl.zeros([BLOCK_M], dtype=tl.float32) + scale
         product_s = tl.zeros([BLOCK_M], dtype=tl.float32)
-        for start_r in range(0, rank, BLOCK_R):
+        for start_r in range(0, RANK, BLOCK_R):
             offs_r = start_r + tl.arange(0, BLOCK_R)
-            mask_r = offs_r < rank
+            mask_r = offs_r < RANK
             a_rows = a_base + offs_r.to(tl.int64) * stride_ar
             acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
             acc = add_product(
                 acc, x_rows, stride_xk, mask_m, a_rows, stride_ak, mask_r, K_IN, PRECISION, BLOCK_K
             )
-            out_offs = offs_q[:, None].to(tl.int64) * rank + offs_r[None, :]
+            out_offs = offs_q[:, None].to(tl.int64) * RANK + offs_r[None, :]
             mask = mask_m[:, None] & mask_r[None, :]
             if KEEP_S:
                 tl.store(s_ptr + out_offs, acc.to(s_ptr.dtype.element_ty), mask=mask)
@@ -206,7 +206,7 @@ def _grouped_expand_kernel(
     y_ptr,  # [P, N_OUT], out; may be base
     slot,
     N_OUT,
-    rank,
+    RANK: tl.constexpr,
     N_EXPERTS,
     BASE_ROWS,
     stride_basem,
@@ -216,7 +216,6 @@ def _grouped_expand_kernel(
     stride_br,
     TOP_K: tl.constexpr,
     HAS_BASE: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,  # rank <= BLOCK_R: H is loaded once for all columns
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -231,10 +230,10 @@ def _grouped_expand_kernel(
         offs_q = first + tl.arange(0, BLOCK_M)
         mask_m = offs_q < last
         rows = tl.load(order_ptr + offs_q, mask=mask_m, other=0).to(tl.int64) // TOP_K
-        h_rows = h_ptr + offs_q.to(tl.int64) * rank
+        h_rows = h_ptr + offs_q.to(tl.int64) * RANK
         b_expert = b_ptr + expert.to(tl.int64) * stride_bn
         offs_r = tl.arange(0, BLOCK_R)
-        mask_r = offs_r < rank
+        mask_r = offs_r < RANK
         h = tl.load(
             h_rows[:, None] + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0
         )
@@ -243,7 +242,7 @@ def _grouped_expand_kernel(
             mask_n = offs_n < N_OUT
             n = offs_n.to(tl.int64)
             acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-            if ONE_BLOCK:
+            if RANK <= BLOCK_R:  # H was loaded once for all columns
                 b = tl.load(
                     b_expert + offs_r[:, None].to(tl.int64) * stride_br + n[None, :] * stride_bo,
                     mask=mask_r[:, None] & mask_n[None, :],
@@ -259,7 +258,7 @@ def _grouped_expand_kernel(
                     b_expert + n * stride_bo,
                     stride_br,
                     mask_n,
-                    rank,
+                    RANK,
                     PRECISION,
                     BLOCK_R,
                 )
@@ -282,7 +281,7 @@ def _grouped_bwd_gram_kernel(
     g_ptr,  # [chunks, r, D] fp32, out: the sum over each chunk's pairs of u^T v
     V_ROWS,
     D,
-    rank,
+    RANK: tl.constexpr,
     N_EXPERTS,
     stride_vm,
     stride_vn,
@@ -301,7 +300,7 @@ def _grouped_bwd_gram_kernel(
     if first < last:
         offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_r, mask_n = offs_r < rank, offs_n < D
+        mask_r, mask_n = offs_r < RANK, offs_n < D
         n = offs_n.to(tl.int64)
         acc = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
         for start in range(first, last, BLOCK_M):
@@ -310,7 +309,7 @@ def _grouped_bwd_gram_kernel(
             pair = tl.load(order_ptr + offs_q, mask=mask_m, other=0).to(tl.int64)
             rows = (pair // TOP_K) % V_ROWS
             u = tl.load(
-                u_ptr + offs_q[None, :].to(tl.int64) * rank + offs_r[:, None],
+                u_ptr + offs_q[None, :].to(tl.int64) * RANK + offs_r[:, None],
                 mask=mask_r[:, None] & mask_m[None, :],
                 other=0.0,
             )
@@ -320,7 +319,7 @@ def _grouped_bwd_gram_kernel(
                 other=0.0,
             )
             acc = dot(u, v, acc, PRECISION)
-        g_ptrs = g_ptr + (chunk.to(tl.int64) * rank + offs_r[:, None]) * D + n[None, :]
+        g_ptrs = g_ptr + (chunk.to(tl.int64) * RANK + offs_r[:, None]) * D + n[None, :]
         tl.store(g_ptrs, acc, mask=mask_r[:, None] & mask_n[None, :])
 
 
@@ -492,7 +491,7 @@ def shrink(
         dot_ptr=hidden if dots is None else dots,
         X_ROWS=x.shape[0],
         K_IN=x.shape[1],
-        rank=hidden.shape[1],
+        RANK=hidden.shape[1],
         N_EXPERTS=n,
         scale=0.0 if isinstance(weights, Tensor) else float(weights),
         stride_xm=x.stride(0),
@@ -531,7 +530,7 @@ def expand(
                 triton.cdiv(y.shape[1], c["BLOCK_N"] * c["COLUMN_BLOCKS"]),
             ),
             config,
-            ("BLOCK_M", "BLOCK_R"),
+            ("BLOCK_M",),
             h_ptr=hidden,
             b_ptr=lora_B,
             order_ptr=pairs.order,
@@ -541,7 +540,7 @@ def expand(
             y_ptr=y,
             slot=slot,
             N_OUT=y.shape[1],
-            rank=hidden.shape[1],
+            RANK=hidden.shape[1],
             N_EXPERTS=n,
             BASE_ROWS=P if start is None else start.shape[0],
             stride_basem=0 if start is None else start.stride(0),
@@ -551,7 +550,6 @@ def expand(
             stride_br=lora_B.stride(2),
             TOP_K=top_k,
             HAS_BASE=start is not None,
-            ONE_BLOCK=hidden.shape[1] <= config["BLOCK_R"],
             PRECISION=precision(),
             BLOCK_E=triton.next_power_of_2(n),
         )
@@ -578,7 +576,7 @@ def gram(u: Tensor, v: Tensor, pairs: Pairs, n: int, top_k: int, dtype: torch.dt
         g_ptr=parts,
         V_ROWS=v.shape[0],
         D=D,
-        rank=r,
+        RANK=r,
         N_EXPERTS=n,
         stride_vm=v.stride(0),
         stride_vn=v.stride(1),

@@ -113,8 +113,8 @@ FAULTS = [
         "dense",
         "_dense_bwd_dweights_kernel",
         "the next expert's columns",
-        "columns = (chosen * rank)[:, None]",
-        "columns = ((chosen + 1) % 8 * rank)[:, None]",
+        "columns = (chosen * RANK)[:, None]",
+        "columns = ((chosen + 1) % 8 * RANK)[:, None]",
     ),
     Fault(
         "grouped",
@@ -128,7 +128,7 @@ FAULTS = [
         "_grouped_sort_scatter_kernel",
         "sorted positions for the pairs that belong there",
         "offs.to(tl.int32), mask=mask)",
-        "(start + rank).to(tl.int32), mask=mask)",
+        "(start + place).to(tl.int32), mask=mask)",
     ),
     Fault(
         "grouped",
