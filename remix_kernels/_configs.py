@@ -49,8 +49,8 @@ def own_gemm() -> bool:
     return choice == "triton"
 
 
-def shrink(where: str, itemsize: int, columns: int) -> Config:
-    """A few columns of a long product: x A^T, dy B."""
+def shrink(where: str, itemsize: int, columns: int, *, summed: bool = False) -> Config:
+    """A few columns of a long product: x A^T, or dy B, perhaps summed over selections."""
     if where == "interpreter":
         return {"BLOCK_M": 32, "BLOCK_R": min(32, padded(columns)), "BLOCK_K": 32}
     block_r = min(32 if itemsize == 4 else 128, padded(columns))
@@ -58,7 +58,7 @@ def shrink(where: str, itemsize: int, columns: int) -> Config:
         "BLOCK_M": 64,
         "BLOCK_R": block_r,
         "BLOCK_K": 32 if itemsize == 4 else 64,
-        "num_warps": 8 if block_r > 64 else 4,
+        "num_warps": 8 if block_r > 64 or summed else 4,  # for the registers
         "num_stages": 3,
     }
 

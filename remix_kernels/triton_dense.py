@@ -409,7 +409,7 @@ def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
     index, weights, scale = _selection(call)
     dshrunk = x.new_empty(rows, n * r)
     dhidden = x.new_empty(P, n * r, dtype=torch.float32) if need.weights else None
-    config = _configs.shrink(where, x.element_size(), n * r)
+    config = _configs.shrink(where, x.element_size(), n * r, summed=rows < P)
     launch(
         _dense_bwd_dh_kernel,
         lambda c: (triton.cdiv(rows, c["BLOCK_M"]), triton.cdiv(n * r, c["BLOCK_R"])),
