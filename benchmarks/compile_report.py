@@ -5,7 +5,8 @@
     python -m benchmarks.compile_report --subset     one shape, two targets: what CI runs
 
 Launches are recorded from the launchers themselves, on meta tensors, so what is compiled is what
-would run: same arguments, same specialisation, same configuration. A row says registers, spilled
+would run: same arguments, same specialisation, same configuration. Adapters beside bf16 are fp32,
+as PEFT keeps them; beside fp16 and fp32 they are in the dtype of x. A row says registers, spilled
 bytes, shared memory, tensor-core instructions, 128-bit and narrower global accesses, and how many
 programs fit on one multiprocessor by those figures.
 
@@ -150,6 +151,11 @@ def record(shape: Shape, dtype: torch.dtype, target: str) -> Iterator[Launch]:
             yield kernel, arguments
 
 
+def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Adapters beside bf16 are fp32, as PEFT keeps them; beside the others they are alike."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -157,6 +163,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 def _call(shape: Shape, dtype: torch.dtype, learned: bool) -> tuple[Call, Tensor]:
     rows = shape.rows * shape.num_selections
     weights: Tensor | float = 0.5
+    adapters = adapter_dtype(dtype)
     if learned:
         weights = _meta(rows, shape.k, dtype=dtype).requires_grad_()
     call = Call(
@@ -164,8 +171,8 @@ def _call(shape: Shape, dtype: torch.dtype, learned: bool) -> tuple[Call, Tensor
         _meta(shape.out_features, shape.in_features, dtype=dtype),
         None,
         None,
-        _meta(shape.n, shape.r, shape.in_features, dtype=dtype),
-        _meta(shape.n, shape.r, shape.out_features, dtype=dtype).transpose(1, 2),
+        _meta(shape.n, shape.r, shape.in_features, dtype=adapters),
+        _meta(shape.n, shape.r, shape.out_features, dtype=adapters).transpose(1, 2),
         _meta(rows, shape.k, dtype=torch.int32),
         weights,
     )
@@ -293,6 +300,7 @@ def main() -> None:
                     blocks = ("BLOCK", "CHUNK", "num_", "HAS", "KEEP", "DOT")
                     config = {k: v for k, v in arguments.items() if k.startswith(blocks)}
                     name = str(dtype).removeprefix("torch.")
+                    name += " with float32 adapters" if dtype == torch.bfloat16 else ""
                     row = Row(kernel.fn.__name__, target, name, str(shape), _short(config))
                     rows.append(compile_row(kernel, arguments, row))
                     for fault in faults(row, arguments):

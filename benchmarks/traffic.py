@@ -105,13 +105,11 @@ def grouped_shrink(a: Arguments) -> int:
 def grouped_expand(a: Arguments) -> int:
     """One slot: H once a program, an expert's B once a tile; y read and written.
 
-    A program keeps the first BLOCK_R columns of H for all its columns of y.
+    A program keeps H for all its columns of y, where it is one block wide.
     """
     P, N, r = a["y_ptr"].shape[0], a["N_OUT"], a["RANK"]
-    programs = cdiv(N, a["BLOCK_N"] * a["COLUMN_BLOCKS"])
-    loads = size(a["h_ptr"]) * P * min(r, a["BLOCK_R"]) * programs
-    if r > a["BLOCK_R"]:
-        loads += size(a["h_ptr"]) * P * r * programs * a["COLUMN_BLOCKS"]
+    columns = a["BLOCK_N"] * (a["COLUMN_BLOCKS"] if r <= a["BLOCK_R"] else 1)
+    loads = size(a["h_ptr"]) * P * r * cdiv(N, columns)
     loads += size(a["b_ptr"]) * r * N * tiles(a)
     return loads + size(a["base_ptr"]) * P * N * a["HAS_BASE"] + size(a["y_ptr"]) * P * N
 
@@ -189,8 +187,8 @@ def tiles(a: Arguments) -> int:
     n = ends.shape[-1]
     if "slot" in a:
         return n * cdiv(a["y_ptr"].shape[0], n * a["BLOCK_M"])
-    if "planes_ptr" in a:  # one chunk more an expert than pairs fill
-        return max(n, a["planes_ptr"].shape[0] - n)
+    if "planes_ptr" in a:  # made for one chunk more an expert than pairs can fill
+        return n * cdiv(max(a["planes_ptr"].shape[0] - n, 1), n)
     return n * cdiv(a["order_ptr"].shape[0], n * a.get("CHUNK", a.get("BLOCK_M")))
 
 
@@ -211,6 +209,8 @@ def passes(
         result["forward"] = (sum(seen), len(seen))
         if backward:
             seen.clear()
+            weight = call.x.new_empty(dy.shape[1], call.x.shape[1])  # dx begins as the frozen one
+            call = call._replace(weight=weight, base=None)
             strategy.backward(call, kept, dy, Needs(True, True, True, False))
             result["backward"] = (sum(seen), len(seen))
     return result
@@ -233,11 +233,11 @@ def plans(name: str, call: Call, dy: Tensor) -> dict[str, int]:
     weights, ranks = n * r * (d + o), T * n * r
     if name == "dense":
         forward = T * d + weights + 2 * ranks + 2 * T * o
-        backward = 2 * T * o + 3 * T * d + 3 * ranks + 2 * weights
+        backward = 2 * T * o + 3 * T * d + 4 * ranks + 2 * weights
     elif name == "grouped":
         ranks = T * k * r
         forward = k * T * d + weights + 2 * ranks + 2 * k * T * o
-        backward = 2 * k * T * o + 3 * k * T * d + 3 * ranks + 2 * weights
+        backward = 2 * k * T * o + 3 * k * T * d + 4 * ranks + 2 * weights
     else:
         forward, backward = T * d + T * k * r * (d + o) + 2 * T * o, 0
     return {"forward": size(call.x) * forward, "backward": size(call.x) * backward}

@@ -18,7 +18,8 @@ def keep_freed_memory() -> bool:
 
     Returns:
         Whether it was done: not where the C library is another, and not where MALLOC_MMAP_MAX_ and
-        its like, or GLIBC_TUNABLES, say how the allocator should behave.
+        its like, or GLIBC_TUNABLES, say how glibc's allocator should behave. (One that was
+        preloaded in its place does not listen.)
     """
     chosen = any(name.startswith(("MALLOC_MMAP", "MALLOC_T")) for name in os.environ)
     if chosen or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):

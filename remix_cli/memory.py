@@ -15,8 +15,9 @@ inputs, the feed-forward block's input, queries, attention's output) + 2 v + 4 f
 the gate, their product), and n r + 2 n for each adapted linear (H; mask and logits). With gradient
 checkpointing a block keeps h, and one block at a time the rest, when the logits are gone.
 
-allocator: glibc takes blocks below 32 MiB from a heap that it does not shrink, and activations of
-many sizes leave holes in it. Measured over three steps of SmolLM2-135M's shapes, batch 4, M = 4, as
+allocator: glibc takes blocks from a heap that does not shrink (those of any size, as `remix train`
+sets it up: allocator.py; below 32 MiB else, for 2 to 9 % less at the peak), and activations of many
+sizes leave holes in it. Measured over three steps of SmolLM2-135M's shapes, batch 4, M = 4, as
 a share of the activations: 0.65 to 0.85 with 6 layers and 256 tokens, 1.0 with 30 layers and 192;
 none with MALLOC_MMAP_THRESHOLD_=1000000, which costs time. Not measured on CUDA, where the estimate
 is of tensors only. The estimate of tensors is within a quarter of what torch allocates, see

@@ -6,23 +6,29 @@ shipped configuration, one parameter after another, on copies of its arguments (
 what they are given), and keeps the fastest. Row counts are rounded up to powers of two first, so
 that a new batch size does not search again. What was found is kept in
 
-    $REMIX_CACHE_DIR/autotune/<device>-triton<version>.json        (default: ~/.cache/remix)
+    $REMIX_CACHE_DIR/autotune/<device>-triton<version>.json
 
-A file that cannot be read is searched for anew; one that cannot be written costs a warning. Another
-configuration may round differently: results are the same on every run of one machine, not on two.
+(default: remix in $XDG_CACHE_HOME or ~/.cache), under a key that changes with the kernel's source.
+Nothing that goes wrong here stops a launch: it takes the shipped configuration. Another
+configuration may round differently, so results may differ in their last bits between machines,
+between processes that search at the same time, and between batch sizes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
+import hashlib
+import inspect
 import json
+import math
 import os
 import re
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +40,24 @@ Config = dict[str, int]
 Grid = tuple[int, ...]
 
 _ROWS = {"T", "P", "BASE_ROWS", "X_ROWS", "V_ROWS"}  # counts of rows: rounded up
-_IGNORED = ("stride", "scale", "slot", "plane_rows")  # do not say how much work there is
+_IGNORED = ("scale", "slot", "plane_rows")  # do not say how much work there is
 _CHOICES = {"num_warps": (2, 4, 8), "num_stages": (2, 3, 4)}
 _LEAST, _MOST = 16, 256  # a block; tensor cores want 16
 
+_decided: dict[tuple[Any, ...], Config] = {}  # by this process
+_warned: set[str] = set()
+
 
 def enabled(device: torch.device) -> bool:
-    """Whether launches on this device look for their configuration."""
-    return os.environ.get("REMIX_AUTOTUNE") == "1" and device.type == "cuda"
+    """Whether launches on this device look for their configuration.
+
+    Raises:
+        ValueError: REMIX_AUTOTUNE is neither 0 nor 1.
+    """
+    choice = os.environ.get("REMIX_AUTOTUNE", "0")
+    if choice not in ("0", "1"):
+        raise ValueError(f"REMIX_AUTOTUNE={choice!r} is unknown; choose 0 or 1")
+    return choice == "1" and device.type == "cuda"
 
 
 def best(
@@ -57,41 +73,41 @@ def best(
         kernel: A jitted function.
         grid: Programs a dimension, from a configuration.
         config: The shipped configuration: where the search starts, and the answer while a CUDA
-            graph is being captured.
+            graph is being captured or where a search is not possible.
         fixed: Names in config that must stay.
         arguments: The kernel's, by name.
     """
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    path = cache_file(device)
-    known, key = _load(path), key_of(kernel, config, fixed, arguments)
-    found = known.get(key)
-    if found is None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return config
-        try:
-            found = _search(kernel, grid, config, fixed, arguments)
-        except torch.OutOfMemoryError:  # no room for the copies: at this size, as shipped
-            return config
-        known[key] = found
-        _save(path, key, found)
-    return {**config, **found}
+    key = key_of(kernel, grid, config, arguments)
+    known = _decided.get((device, key))
+    if known is not None:
+        return known
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return config
+    try:
+        known = _look_up_or_search(device, key, kernel, grid, config, fixed, arguments)
+    except Exception as error:  # whatever it is: tuning is not worth a run
+        _warn(f"{kernel.fn.__name__} runs as shipped: {type(error).__name__}: {error}")
+        known = config
+    _decided[device, key] = known
+    return known
 
 
-def key_of(kernel: Any, config: Config, fixed: tuple[str, ...], arguments: dict[str, Any]) -> str:
+def key_of(
+    kernel: Any, grid: Callable[[Config], Grid], config: Config, arguments: dict[str, Any]
+) -> tuple[Any, ...]:
     """What two launches share that may share a configuration."""
-    parts = [kernel.fn.__name__]
+    parts: list[Any] = [kernel.fn.__name__]
     for name, value in arguments.items():
         if isinstance(value, Tensor):
-            parts.append(f"{name}:{str(value.dtype).removeprefix('torch.')}")
+            parts.append(value.dtype)
         elif name.startswith("stride"):
-            parts += [name] if value == 1 else []
-        elif name.startswith(_IGNORED):
-            continue
+            parts.append(value == 1)
         elif name in _ROWS:
-            parts.append(f"{name}={triton.next_power_of_2(max(value, 1))}")
-        else:
-            parts.append(f"{name}={value}")
-    return " ".join([*parts, *(f"{name}={config[name]}" for name in fixed)])
+            parts.append(triton.next_power_of_2(max(value, 1)))
+        elif name not in _IGNORED:
+            parts.append(value)
+    return (*parts, *(triton.next_power_of_2(programs) for programs in grid(config)))
 
 
 def neighbours(config: Config, name: str) -> Iterator[Config]:
@@ -104,25 +120,57 @@ def neighbours(config: Config, name: str) -> Iterator[Config]:
         yield from ({**config, name: size} for size in sizes if _LEAST <= size <= _MOST)
 
 
-def _search(
+def _look_up_or_search(
+    device: torch.device,
+    key: tuple[Any, ...],
     kernel: Any,
     grid: Callable[[Config], Grid],
     config: Config,
     fixed: tuple[str, ...],
     arguments: dict[str, Any],
 ) -> Config:
-    """Better each parameter in turn, from the shipped configuration."""
+    path = cache_file(device)
+    entry = f"{' '.join(map(str, key))} {_version(kernel, tuple(config.items()))}"
+    names = [name for name in config if name not in fixed]
+    found = _read(path).get(entry, {})
+    if all(_usable(found.get(name)) for name in names):
+        return {**config, **{name: found[name] for name in names}}
+    chosen = _search(kernel, grid, config, names, arguments)
+    if chosen is None:
+        return config
+    _save(path, entry, {name: chosen[name] for name in names})
+    return chosen
+
+
+def _usable(size: Any) -> bool:
+    return isinstance(size, int) and (size == 3 or (size > 0 and size & (size - 1) == 0))
+
+
+@functools.lru_cache(maxsize=256)
+def _version(kernel: Any, config: tuple[tuple[str, int], ...]) -> str:
+    """Changes with the kernel and its shipped configuration."""
+    return hashlib.sha256(f"{inspect.getsource(kernel.fn)}{config}".encode()).hexdigest()[:12]
+
+
+def _search(
+    kernel: Any,
+    grid: Callable[[Config], Grid],
+    config: Config,
+    names: list[str],
+    arguments: dict[str, Any],
+) -> Config | None:
+    """Better each parameter in turn, from the shipped configuration; None where nothing ran."""
     started, copies = time.perf_counter(), _copies(arguments)
     shipped = fastest = _measure(kernel, grid(config), {**copies, **config})
     chosen, tried = config, 1
-    for name in config:
-        if name in fixed:
-            continue
+    for name in names:
         for other in list(neighbours(chosen, name)):
             taken = _measure(kernel, grid(other), {**copies, **other})
             tried += 1
             if taken < fastest:
                 fastest, chosen = taken, other
+    if not math.isfinite(fastest):
+        return None
     print(
         f"remix: tuned {kernel.fn.__name__}: {tried} configurations in "
         f"{time.perf_counter() - started:.1f} s, {shipped / fastest:.2f} x as fast as shipped",
@@ -140,8 +188,10 @@ def _measure(kernel: Any, programs: Grid, arguments: dict[str, Any]) -> float:
         return float(
             do_bench(lambda: kernel[programs](**arguments), warmup=10, rep=40, return_mode="median")
         )
+    except torch.OutOfMemoryError:  # says nothing of the kernel
+        raise
     except (triton.TritonError, RuntimeError, NotImplementedError):  # too large for this device
-        return float("inf")
+        return math.inf
 
 
 def _copies(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -168,35 +218,38 @@ def _copies(arguments: dict[str, Any]) -> dict[str, Any]:
 def cache_file(device: torch.device) -> Path:
     """Where this device's configurations are kept."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(os.environ.get("REMIX_CACHE_DIR") or Path(cache) / "remix")
     slug = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
     return folder / "autotune" / f"{slug}-triton{triton.__version__}.json"
 
 
-@lru_cache(maxsize=16)
-def _load(path: Path) -> dict[str, Config]:
-    """What the file says, kept for this process; nothing where it does not say it properly."""
-    return _read(path)
-
-
-def _read(path: Path) -> dict[str, Config]:
+def _read(path: Path) -> dict[str, Any]:
+    """What the file holds, {} where there is none or it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {str(key): {str(n): int(v) for n, v in c.items()} for key, c in found.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
+    entries = found if isinstance(found, dict) else {}
+    return {key: value for key, value in entries.items() if isinstance(value, dict)}
 
 
-def _save(path: Path, key: str, config: Config) -> None:
+def _save(path: Path, entry: str, config: Config) -> None:
     """Add one entry to the file as it is now: other processes search too."""
+    fresh = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**_read(path), key: config}, indent=1)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, suffix=".json", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            fresh.write_text(json.dumps({**_read(path), entry: config}, indent=1), encoding="utf-8")
+            os.replace(fresh, path)
     except OSError as error:
-        warnings.warn(f"REMIX_AUTOTUNE: {path} is not written ({error})", stacklevel=2)
+        _warn(f"{path} is not written ({error}): the next process searches again")
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+
+
+def _warn(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"REMIX_AUTOTUNE: {message}", stacklevel=3)

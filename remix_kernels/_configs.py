@@ -1,8 +1,8 @@
 """One block configuration per (kernel, architecture, shape bucket), and which GEMM runs.
 
 A bucket is the element size, the columns or rank (to the next power of two) and whether rows are
-aligned. It is never the number of rows: another tile of rows may be another instruction, and a
-row's result would then depend on the size of its batch.
+aligned; in the grouped strategy also how many pairs an expert has on average. The dense strategy's
+is never the number of rows: with our own GEMM a row's result is the same bits in any batch.
 
 The numbers were chosen by ahead-of-time compilation (registers, spills, shared memory:
 `python -m benchmarks.compile_report`), not by timing: no GPU has measured them yet. An architecture
@@ -53,7 +53,8 @@ def shrink(where: str, itemsize: int, columns: int, *, summed: bool = False) -> 
     """A few columns of a long product: x A^T, or dy B, perhaps summed over selections."""
     if where == "interpreter":
         return {"BLOCK_M": 32, "BLOCK_R": min(32, padded(columns)), "BLOCK_K": 32}
-    block_r = min(32 if itemsize == 4 else 128, padded(columns))
+    most = 32 if itemsize == 4 else 64 if where.startswith("gfx") else 128  # 64 KiB there
+    block_r = min(most, padded(columns))
     return {
         "BLOCK_M": 64,
         "BLOCK_R": block_r,
@@ -77,7 +78,8 @@ def expand(where: str, itemsize: int, inner: int, *, fused: bool, aligned: bool)
         tile = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8}
     else:
         tile = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8}
-    return {**tile, "BLOCK_R": block_r, "GROUP_M": 8, "num_stages": 3}
+    stages = 2 if where.startswith("gfx") else 3  # 64 KiB there, and adapters may be fp32
+    return {**tile, "BLOCK_R": block_r, "GROUP_M": 8, "num_stages": stages}
 
 
 def gram(where: str, itemsize: int, columns: int) -> Config:
@@ -132,11 +134,7 @@ def grouped_expand(
 
 
 def _tile_rows(where: str, itemsize: int, rank: int, pairs_each: int, most: int) -> int:
-    """Rows of a tile of one expert's pairs: an expert's weights are read once a tile.
-
-    From 64 rows on the multiply instructions are the same ones, so that a row's result does not
-    depend on this choice.
-    """
+    """Rows of a tile of one expert's pairs: an expert's weights are read once a tile."""
     if rank < 32 or itemsize == 4 or where.startswith("gfx"):
         return 64
     return max(64, min(most, triton.next_power_of_2(pairs_each)))

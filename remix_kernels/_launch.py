@@ -51,15 +51,16 @@ def launch(
     programs = grid(config) if callable(grid) else grid
     if 0 in programs:
         return
+    tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
+    if callable(grid) and _autotune.enabled(tensor.device):
+        with _on(tensor.device):
+            config = _autotune.best(kernel, grid, config, fixed, arguments)
+        programs = grid(config)
     wanted = [observer(kernel, programs, {**arguments, **config}) for observer in _observers]
     if not all(wanted):
         return
-    tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
     try:
         with _on(tensor.device):
-            if callable(grid) and _autotune.enabled(tensor.device):
-                config = _autotune.best(kernel, grid, config, fixed, arguments)
-                programs = grid(config)
             kernel[programs](**arguments, **config)
     except (triton.TritonError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -24,45 +24,45 @@ class RoutedShape(NamedTuple):
     r: int
     dtype: torch.dtype = torch.bfloat16  # of x and the frozen weight
     adapter_dtype: torch.dtype = torch.float32  # of lora_A and lora_B
+    backend: str = "auto"
+    strategy: str = "auto"
+    device: torch.device | None = None  # None: a GPU where there is one
 
 
 def warmup(
     model_or_shapes: nn.Module | Iterable[RoutedShape],
     *,
-    rows: Sequence[int] = (1, 4096),
+    rows: int | Sequence[int] = (1, 4096),
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    backend: str = "auto",
     verbose: bool = True,
 ) -> list[tuple[RoutedShape, int]]:
-    """Run every routed linear of a model once, forward and backward, on random data.
+    """Run every routed linear of a model on random data: a forward pass, and a training step.
 
     So the first step of a training does not wait for the compiler, and under REMIX_AUTOTUNE=1 not
-    for a search. The model itself is not run, nor changed.
+    for a search. The model itself is not run, nor changed, nor torch's random numbers.
 
     Args:
         model_or_shapes: A model with routed layers (a PEFT model with a ReMix adapter, or one that
             holds `RoutedLoRALinear`), or the shapes themselves.
-        rows: Rows of x to run: sequences times tokens, times M while sampling; 1 is decoding. What
-            compiles does not depend on them beyond their divisibility by 16; what is tuned does, by
-            the next power of two.
+        rows: Rows of x to run: sequences times tokens, times M while sampling; 1 is decoding. Give
+            those that will come: which strategy "auto" takes depends on them, so do the grouped
+            tiles, and what is tuned is tuned for the next power of two.
         dtype: Of x and the frozen weight; None takes the shapes', a model's own weights'. Give
             autocast's dtype for training under autocast.
-        device: None takes the model's, else a GPU where there is one.
-        backend: As in `routed_linear`. Where it comes out as PyTorch there is nothing to compile.
         verbose: One line a shape on stderr.
 
     Returns:
-        What was run: pairs of shape and rows, none twice; empty without Triton.
+        What was run: pairs of shape and rows, none twice. Shapes whose backend comes out as
+        PyTorch have nothing to compile and are left out.
 
     Raises:
         ValueError: A model without routed layers, a row count below 1, or an unknown backend.
     """
-    if any(count < 1 for count in rows):
-        raise ValueError(f"rows={tuple(rows)} must all be at least 1")
+    counts = (rows,) if isinstance(rows, int) else tuple(rows)
+    if any(count < 1 for count in counts):
+        raise ValueError(f"rows={rows} must all be at least 1")
     if isinstance(model_or_shapes, nn.Module):
         shapes = shapes_of(model_or_shapes)
-        device = device or next(model_or_shapes.parameters()).device
         if not shapes:
             raise ValueError(
                 f"{type(model_or_shapes).__name__} has no routed layers: give warmup a model with "
@@ -70,16 +70,16 @@ def warmup(
             )
     else:
         shapes = list(model_or_shapes)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if resolve_backend(backend, torch.empty(0, device=where)) != "triton":
-        return []
     if dtype is not None:
         shapes = [shape._replace(dtype=dtype) for shape in shapes]
     done: list[tuple[RoutedShape, int]] = []
     for shape in dict.fromkeys(shapes):
+        device = shape.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if resolve_backend(shape.backend, torch.empty(0, device=device)) != "triton":
+            continue
         started = time.perf_counter()
-        for count in dict.fromkeys(rows):
-            _run(shape, count, where, backend)
+        for count in dict.fromkeys(counts):
+            _run(shape, count, device)
             done.append((shape, count))
         if verbose:
             seconds = time.perf_counter() - started
@@ -97,11 +97,12 @@ def shapes_of(model: nn.Module) -> list[RoutedShape]:
     return shapes
 
 
-def _run(shape: RoutedShape, rows: int, device: torch.device, backend: str) -> None:
-    """Choose experts, run forward and backward, and a router's gradient."""
+def _run(shape: RoutedShape, rows: int, device: torch.device) -> None:
+    """The top k without gradients; drawn experts with them, and a router's gradient."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(*size, dtype=dtype, device=device)
+        return torch.randn(*size, dtype=dtype, device=device, generator=generator)
 
     n, r = shape.num_experts, shape.r
     x = random(rows, shape.in_features, dtype=shape.dtype).requires_grad_()
@@ -110,11 +111,20 @@ def _run(shape: RoutedShape, rows: int, device: torch.device, backend: str) -> N
     lora_B = random(n, r, shape.out_features, dtype=shape.adapter_dtype)
     lora_B = lora_B.transpose(1, 2).requires_grad_()  # laid out as the layers have it
     logits = random(rows, n, dtype=torch.float32)
-    index = sample_top_k(logits, shape.top_k, seed=0, backend=backend)
-    selection_log_prob_bwd(logits, index, logits.new_ones(rows), backend=backend)
+
+    def op(index: Tensor) -> Tensor:
+        choice = {"backend": shape.backend, "strategy": shape.strategy}
+        return routed_linear(x, weight, None, lora_A, lora_B, index, 0.5, check=False, **choice)
+
+    top_k = logits.topk(shape.top_k).indices  # int64, as a layer's own
+    with torch.no_grad():
+        op(top_k)
+    drawn = sample_top_k(logits, shape.top_k, seed=0, backend=shape.backend)
+    selection_log_prob_bwd(logits, drawn, logits.new_ones(rows), backend=shape.backend)
     with torch.enable_grad():
-        y = routed_linear(x, weight, None, lora_A, lora_B, index, 0.5, backend=backend, check=False)
-        torch.autograd.backward(y, torch.ones_like(y))
+        for index in (drawn, top_k):
+            y = op(index)
+            torch.autograd.backward(y, torch.ones_like(y))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -234,15 +234,17 @@ def _grouped_expand_kernel(
         b_expert = b_ptr + expert.to(tl.int64) * stride_bn
         offs_r = tl.arange(0, BLOCK_R)
         mask_r = offs_r < RANK
-        h = tl.load(
-            h_rows[:, None] + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0
-        )
-        for column in range(COLUMN_BLOCKS):
-            offs_n = (tl.program_id(1) * COLUMN_BLOCKS + column) * BLOCK_N + tl.arange(0, BLOCK_N)
+        if RANK <= BLOCK_R:  # loaded once for all columns
+            h_mask = mask_m[:, None] & mask_r[None, :]
+            h = tl.load(h_rows[:, None] + offs_r[None, :], mask=h_mask, other=0.0)
+        first_column = tl.program_id(1) * COLUMN_BLOCKS * BLOCK_N
+        blocks = min(COLUMN_BLOCKS, tl.cdiv(N_OUT - first_column, BLOCK_N))
+        for block in range(blocks):
+            offs_n = first_column + block * BLOCK_N + tl.arange(0, BLOCK_N)
             mask_n = offs_n < N_OUT
             n = offs_n.to(tl.int64)
             acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-            if RANK <= BLOCK_R:  # H was loaded once for all columns
+            if RANK <= BLOCK_R:
                 b = tl.load(
                     b_expert + offs_r[:, None].to(tl.int64) * stride_br + n[None, :] * stride_bo,
                     mask=mask_r[:, None] & mask_n[None, :],

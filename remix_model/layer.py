@@ -151,7 +151,16 @@ class Pool(NamedTuple):
         n, r, in_features = self.lora_A.shape
         out_features = self.lora_B.shape[1]
         return RoutedShape(
-            in_features, out_features, n, self.site.top_k, r, dtype, self.lora_A.dtype
+            in_features,
+            out_features,
+            n,
+            self.site.top_k,
+            r,
+            dtype,
+            self.lora_A.dtype,
+            self.backend,
+            self.strategy,
+            self.lora_A.device,
         )
 
     def _decodes(self, x: Tensor, base: nn.Linear) -> bool:

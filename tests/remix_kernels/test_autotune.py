@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import math
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from remix_kernels import RoutedShape, _autotune, warmup
+from remix_kernels import RoutedShape, _autotune, routed_lora, warmup
 from remix_kernels._launch import observe
-from remix_model import ReMixConfig, RoutedLoRALinear
+from remix_model import ReMixConfig, RoutedLoRALinear, sample_routing
 from tests.helpers import Case, assert_all_accurate, run, solve
 from tests.remix_kernels.test_triton import DEVICE, op_of
 
 CPU = torch.device(DEVICE)
+SHRINK = "_dense_fwd_shrink_kernel"
+TINY = RoutedShape(16, 16, 2, 1, 2, torch.float32, backend="triton")
 
 pytestmark = pytest.mark.usefixtures("strict_triton")
 
 
 @pytest.fixture
-def searches(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+def searches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Searching switched on, with a clock of our own; what was measured, in order.
 
     Each configuration is run on the copies that a search makes, and larger ones count as faster.
@@ -32,16 +36,23 @@ def searches(
 
     def measure(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any]) -> float:
         kernel[programs](**arguments)
-        config = {name: value for name, value in arguments.items() if name.startswith("BLOCK_")}
-        measured.append((kernel.fn.__name__, config))
-        return 1.0 / sum(config.values())
+        measured.append((kernel.fn.__name__, blocks_of(arguments)))
+        return 1.0 / sum(blocks_of(arguments).values())
 
     monkeypatch.setenv("REMIX_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(_autotune, "enabled", lambda device: True)
     monkeypatch.setattr(_autotune, "_measure", measure)
-    _autotune._load.cache_clear()
-    yield measured
-    _autotune._load.cache_clear()
+    monkeypatch.setattr(_autotune, "_decided", {})
+    monkeypatch.setattr(_autotune, "_warned", set())
+    return measured
+
+
+def blocks_of(arguments: dict[str, Any]) -> dict[str, int]:
+    return {name: value for name, value in arguments.items() if name.startswith("BLOCK_")}
+
+
+def run_tiny(rows: int = 4) -> None:
+    warmup([TINY], rows=rows, verbose=False)
 
 
 @pytest.mark.parametrize("strategy", ["dense", "grouped", "gather"])
@@ -57,44 +68,80 @@ def test_a_search_changes_no_result(
     assert_all_accurate(actual, eager, truth)
 
 
-def test_what_was_found_is_used_and_kept(searches: list[Any], capsys: Any) -> None:
-    shape = RoutedShape(48, 40, 4, 2, 3, torch.float32)
-    used: dict[str, int] = {}
-    warmup([shape], rows=(40,), device=DEVICE, backend="triton")
-    assert "tuned _dense_fwd_shrink_kernel" in capsys.readouterr().err
-    best = max(sum(config.values()) for name, config in searches if name == SHRINK)
-    searches.clear()
+def test_what_was_found_is_used_and_kept(
+    searches: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = RoutedShape(48, 40, 4, 2, 3, torch.float32, backend="triton", strategy="dense")
+    used: list[dict[str, int]] = []
 
     def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> bool:
-        used[kernel.fn.__name__] = grid[0]
+        if kernel.fn.__name__ == SHRINK:
+            used.append(blocks_of(arguments))
         return True
 
-    _autotune._load.cache_clear()  # as another process: what it knows is in the file
-    with observe(note):
-        warmup([shape], rows=(33,), device=DEVICE, backend="triton")
-    assert not searches  # 33 and 40 rows round up to the same power of two
-    assert SHRINK in used
-    key, found = next(
-        (key, value)
-        for key, value in _autotune._read(_autotune.cache_file(CPU)).items()
-        if key.startswith(SHRINK)
+    warmup([shape], rows=40)
+    errors = capsys.readouterr().err
+    assert f"tuned {SHRINK}" in errors
+    assert "48 -> 40, n=4, k=2, r=3" in errors
+    largest = max(
+        (blocks for name, blocks in searches if name == SHRINK), key=lambda b: sum(b.values())
     )
-    assert "T=64" in key
-    assert sum(v for name, v in found.items() if name.startswith("BLOCK_")) == best
+    shipped = next(blocks for name, blocks in searches if name == SHRINK)
+    assert largest != shipped
+    searches.clear()
+    for forgotten in (False, True):  # in this process; and in another one, which has the file
+        if forgotten:
+            monkeypatch.setattr(_autotune, "_decided", {})
+        with observe(note):
+            warmup([shape], rows=33)  # 33 and 40 round up to the same power of two
+        assert not searches
+        assert used
+        assert all(blocks == largest for blocks in used)
+        used.clear()
 
 
-SHRINK = "_dense_fwd_shrink_kernel"
+def test_other_sizes_are_searched_for_themselves(searches: list[Any]) -> None:
+    """M selections of one x: the same arguments but for the number of pairs."""
+    for selections in (1, 8):
+        searches.clear()
+        x, index = torch.randn(8, 16), torch.stack([torch.arange(3)[:2]] * 8)
+        routed_lora(
+            x,
+            torch.randn(3, 2, 16),
+            torch.randn(3, 16, 2),
+            torch.stack([index] * selections),
+            0.5,
+            backend="triton",
+            strategy="grouped",
+        )
+        assert "_grouped_shrink_kernel" in {name for name, _ in searches}
 
 
-def test_a_damaged_file_is_searched_for_anew(searches: list[Any]) -> None:
+@pytest.mark.parametrize(
+    "text", ['{"half": {"BLOCK', "[1]", '{"a": 3}'], ids=["cut", "a list", "no entries"]
+)
+def test_a_damaged_file_is_searched_for_anew(searches: list[Any], text: str) -> None:
     path = _autotune.cache_file(CPU)
     path.parent.mkdir(parents=True)
-    path.write_text('{"half": {"BLOCK', encoding="utf-8")
-    warmup(
-        [RoutedShape(16, 16, 2, 1, 2, torch.float32)], rows=(4,), device=DEVICE, backend="triton"
-    )
+    path.write_text(text, encoding="utf-8")
+    run_tiny()
     assert searches
     assert _autotune._read(path)
+
+
+def test_entries_that_no_kernel_can_run_are_searched_for_anew(
+    searches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_tiny()
+    path = _autotune.cache_file(CPU)
+    entries = _autotune._read(path)
+    broken = {key: dict.fromkeys(entry, 48) for key, entry in entries.items()}
+    path.write_text(json.dumps(broken), encoding="utf-8")
+    searches.clear()
+    monkeypatch.setattr(_autotune, "_decided", {})
+    run_tiny()
+    assert searches
+    assert _autotune._read(path) == entries
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(
@@ -102,14 +149,38 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(
 ) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("REMIX_CACHE_DIR", str(tmp_path / "file"))
-    _autotune._load.cache_clear()
     with pytest.warns(UserWarning, match="is not written"):
-        warmup(
-            [RoutedShape(16, 16, 2, 1, 2, torch.float32)],
-            rows=(4,),
-            device=DEVICE,
-            backend="triton",
-        )
+        run_tiny()
+    searches.clear()
+    run_tiny()
+    assert not searches  # this process remembers
+
+
+@pytest.mark.parametrize("failure", ["copies", "measure", "nothing runs"])
+def test_a_search_that_fails_takes_the_shipped_configuration_once(
+    searches: list[Any], monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    attempts = []
+
+    def out_of_memory(*_: Any) -> Any:
+        attempts.append(failure)
+        raise torch.OutOfMemoryError("no room")
+
+    def nothing(*_: Any) -> float:
+        attempts.append(failure)
+        return math.inf
+
+    name = "_copies" if failure == "copies" else "_measure"
+    monkeypatch.setattr(_autotune, name, nothing if failure == "nothing runs" else out_of_memory)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_tiny()
+        once = len(attempts)
+        run_tiny()
+    assert len(attempts) == once > 0
+    assert not _autotune._read(_autotune.cache_file(CPU))
+    texts = [str(warning.message) for warning in caught]
+    assert any("runs as shipped" in text for text in texts) == (failure != "nothing runs"), texts
 
 
 def test_neighbours_stay_what_kernels_can_run() -> None:
@@ -125,38 +196,72 @@ def test_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REMIX_AUTOTUNE", "1")
     assert _autotune.enabled(torch.device("cuda"))
     assert not _autotune.enabled(torch.device("cpu"))
+    monkeypatch.setenv("REMIX_AUTOTUNE", "true")
+    with pytest.raises(ValueError, match="REMIX_AUTOTUNE='true' is unknown; choose 0 or 1"):
+        _autotune.enabled(torch.device("cuda"))
 
 
 # warmup ---------------------------------------------------------------------------------------
 
+Launched = set[tuple[str, tuple[torch.dtype, ...]]]
 
-def test_warmup_runs_what_a_model_will() -> None:
-    launched: list[str] = []
+
+@contextmanager
+def launches() -> Iterator[Launched]:
+    """Every kernel that runs inside, with the dtypes of its tensors: what compiles for itself."""
+    seen: Launched = set()
 
     def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> bool:
-        launched.append(kernel.fn.__name__)
+        dtypes = tuple(v.dtype for v in arguments.values() if isinstance(v, torch.Tensor))
+        seen.add((kernel.fn.__name__, dtypes))
         return True
 
-    layers = [
-        RoutedLoRALinear(torch.nn.Linear(24, 40), num_experts=4, top_k=2, r=3) for _ in range(2)
-    ]
-    model = torch.nn.Sequential(*layers).to(DEVICE)
     with observe(note):
-        done = warmup(model, rows=(1, 20), backend="triton", verbose=False)
-    assert done == [
-        (RoutedShape(24, 40, 4, 2, 3, torch.float32, torch.float32), rows) for rows in (1, 20)
-    ]
-    assert {SHRINK, "_dense_bwd_gram_kernel", "_sample_top_k_fwd_kernel"} <= set(launched), launched
+        yield seen
+
+
+@pytest.mark.parametrize("strategy", ["auto", "dense", "grouped", "gather"])
+def test_warmup_runs_what_a_model_will(strategy: str) -> None:
+    """Decoding, a plain training step and a sampled one launch nothing that is new."""
+    layer = RoutedLoRALinear(
+        torch.nn.Linear(24, 40, bias=False),
+        num_experts=4,
+        top_k=2,
+        r=3,
+        backend="triton",
+        strategy=strategy,
+        init_lora_weights=False,
+    ).to(DEVICE)
+    shape = RoutedShape(
+        24, 40, 4, 2, 3, torch.float32, torch.float32, "triton", strategy, layer.router.device
+    )
+    random_state = torch.get_rng_state()
+    with launches() as warmed:
+        assert warmup(layer, rows=(1, 6), verbose=False) == [(shape, 1), (shape, 6)]
+    assert torch.equal(torch.get_rng_state(), random_state)
+    with launches() as used, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # trained outside sample_routing, on purpose
+        with torch.no_grad():
+            layer.eval()(torch.randn(1, 24, device=DEVICE))
+        layer.train()(torch.randn(6, 24, device=DEVICE, requires_grad=True)).sum().backward()
+        with sample_routing(layer, num_selections=2, seed=0) as routing:
+            x = routing.expand({"x": torch.randn(3, 24, device=DEVICE)})["x"]
+            losses = layer(x.requires_grad_()).square().mean(-1, keepdim=True)
+            loss = routing.loss(losses, torch.ones_like(losses, dtype=torch.bool))
+        loss.backward()
+    assert any("dense" in name or "grouped" in name for name, _ in used)
+    assert used <= warmed, used - warmed
 
 
 def test_warmup_of_a_peft_model() -> None:
     from peft import get_peft_model
 
     base = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 24)).half()
-    config = ReMixConfig(num_experts=4, top_k=2, r=3, target_modules=["0", "1"])
-    done = warmup(
-        get_peft_model(base, config).to(DEVICE), rows=(4,), backend="triton", verbose=False
+    runtime = {"backend": "triton"}
+    config = ReMixConfig(
+        num_experts=4, top_k=2, r=3, target_modules=["0", "1"], runtime_config=runtime
     )
+    done = warmup(get_peft_model(base, config).to(DEVICE), rows=4, verbose=False)
     assert [(s.in_features, s.out_features, s.dtype, s.adapter_dtype) for s, _ in done] == [
         (24, 40, torch.float16, torch.float32),
         (40, 24, torch.float16, torch.float32),
@@ -164,16 +269,17 @@ def test_warmup_of_a_peft_model() -> None:
 
 
 def test_warmup_has_nothing_to_do_for_pytorch() -> None:
-    assert warmup([RoutedShape(8, 8, 2, 1, 1)], backend="torch") == []
+    assert warmup([RoutedShape(8, 8, 2, 1, 1, backend="torch")]) == []
 
 
 @pytest.mark.parametrize(
-    "arguments,message",
+    "model,rows,message",
     [
-        (([], (0,)), r"rows=\(0,\) must all be at least 1"),
-        ((torch.nn.Linear(2, 2), (1,)), "Linear has no routed layers"),
+        ([], (4, 0), r"rows=\(4, 0\) must all be at least 1"),
+        (torch.nn.Linear(2, 2), 1, "Linear has no routed layers"),
+        (torch.nn.ReLU(), 1, "ReLU has no routed layers"),
     ],
 )
-def test_warmup_says_what_is_wrong(arguments: tuple[Any, Any], message: str) -> None:
+def test_warmup_says_what_is_wrong(model: Any, rows: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        warmup(arguments[0], rows=arguments[1])
+        warmup(model, rows=rows)
