@@ -49,8 +49,11 @@ def own_gemm() -> bool:
     return choice == "triton"
 
 
-def shrink(where: str, itemsize: int, columns: int, *, summed: bool = False) -> Config:
-    """A few columns of a long product: x A^T, or dy B, perhaps summed over selections."""
+def shrink(where: str, itemsize: int, columns: int, *, heavy: bool = False) -> Config:
+    """A few columns of a long product: x A^T, dy B.
+
+    Heavy on registers are a sum over selections, and rows that take an address a number.
+    """
     if where == "interpreter":
         return {"BLOCK_M": 32, "BLOCK_R": min(32, padded(columns)), "BLOCK_K": 32}
     most = 32 if itemsize == 4 else 64 if where.startswith("gfx") else 128  # 64 KiB there
@@ -59,7 +62,7 @@ def shrink(where: str, itemsize: int, columns: int, *, summed: bool = False) -> 
         "BLOCK_M": 64,
         "BLOCK_R": block_r,
         "BLOCK_K": 32 if itemsize == 4 else 64,
-        "num_warps": 8 if block_r > 64 or summed else 4,  # for the registers
+        "num_warps": 8 if block_r > 64 or heavy else 4,
         "num_stages": 3,
     }
 
@@ -82,14 +85,14 @@ def expand(where: str, itemsize: int, inner: int, *, fused: bool, aligned: bool)
     return {**tile, "BLOCK_R": block_r, "GROUP_M": 8, "num_stages": stages}
 
 
-def gram(where: str, itemsize: int, columns: int) -> Config:
+def gram(where: str, itemsize: int, columns: int, *, aligned: bool) -> Config:
     """A few rows of a product over T: dA, dB."""
     if where == "interpreter":
         return {"BLOCK_R": min(32, padded(columns)), "BLOCK_N": 32, "BLOCK_M": 32}
     block_r = min(64 if itemsize == 4 else 128, padded(columns))  # v is read once a block of rows
     return {
         "BLOCK_R": block_r,
-        "BLOCK_N": 128,
+        "BLOCK_N": 128 if aligned else 64,
         "BLOCK_M": 32,
         "num_warps": 8 if block_r > 64 else 4,
         "num_stages": 3,

@@ -409,7 +409,8 @@ def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
     index, weights, scale = _selection(call)
     dshrunk = x.new_empty(rows, n * r)
     dhidden = x.new_empty(P, n * r, dtype=torch.float32) if need.weights else None
-    config = _configs.shrink(where, x.element_size(), n * r, summed=rows < P)
+    heavy = rows < P or not _configs.aligned(dy)
+    config = _configs.shrink(where, x.element_size(), n * r, heavy=heavy)
     launch(
         _dense_bwd_dh_kernel,
         lambda c: (triton.cdiv(rows, c["BLOCK_M"]), triton.cdiv(n * r, c["BLOCK_R"])),
@@ -551,7 +552,7 @@ def gram(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     """u^T v, [R, D] in `dtype`. u [P, R], v [P, D]: over planes of rows, added in order."""
     P, R, D = *u.shape, v.shape[1]
     where = _configs.arch(u.device)
-    config = _configs.gram(where, u.element_size(), R)
+    config = _configs.gram(where, u.element_size(), R, aligned=_configs.aligned(v))
     plane_rows = _configs.plane_rows(where)
     planes = triton.cdiv(P, plane_rows)
     result = torch.empty(R, D, dtype=dtype, device=u.device)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from remix_kernels import routed_linear, routed_lora, sample_top_k, selection_log_prob
+from remix_kernels import (
+    routed_linear,
+    routed_lora,
+    sample_top_k,
+    selection_log_prob,
+    warmup,
+)
+from remix_model import RoutedLoRALinear
 from tests.helpers import assert_accurate, assert_all_accurate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("strict_triton")]
@@ -193,3 +202,48 @@ def test_lora_beside_any_base_is_the_same() -> None:
             weight=weight, bias=bias, **inputs, backend="triton", strategy=strategy
         )
         assert torch.equal(beside, fused)
+
+
+def test_autotuned_kernels_are_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A real search: its copies, its clock, its file; and a graph captured with what it found."""
+    monkeypatch.setenv("REMIX_AUTOTUNE", "1")
+    monkeypatch.setenv("REMIX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("remix_kernels._autotune._decided", {})
+    inputs, dy = problem(SHAPES["smollm2-up"], torch.bfloat16)
+    eager = passes(inputs, dy, backend="torch", strategy="dense")
+    truth = passes(widened(inputs), dy.double(), backend="torch", strategy="dense")
+    for strategy in ("dense", "grouped"):
+        actual = passes(inputs, dy, backend="triton", strategy=strategy)
+        assert_all_accurate(actual, eager, truth)
+        assert list(tmp_path.rglob("*.json"))
+        want = routed_linear(**inputs, backend="triton", strategy=strategy)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            y = routed_linear(**inputs, backend="triton", strategy=strategy, check=False)
+        graph.replay()
+        assert torch.equal(y, want)
+
+
+def test_warmup_leaves_nothing_to_compile() -> None:
+    layer = RoutedLoRALinear(nn.Linear(576, 1536), num_experts=8, top_k=4, r=8).to("cuda")
+    assert warmup(layer, rows=(256, 1), verbose=False)
+    x = torch.randn(256, 576, device="cuda")
+    with no_compilation(), torch.no_grad():
+        layer.eval()(x)
+        layer(x[:1])
+
+
+@contextmanager
+def no_compilation() -> Iterator[None]:
+    """Fail when Triton compiles anything inside."""
+    import triton
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a kernel was compiled")
+
+    previous = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = refuse
+    try:
+        yield
+    finally:
+        triton.knobs.runtime.jit_cache_hook = previous

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from remix_kernels._launch import observe
 from remix_model import record_routing
 
+observe = pytest.importorskip("remix_kernels._launch").observe
 pytestmark = pytest.mark.usefixtures("strict_triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32 = 1e-4  # a few layers of sums in another order
