@@ -61,7 +61,7 @@ POINTERS = {
     torch.int64: "*i64",
 }
 # Kernels that multiply matrices.
-PRODUCTS = ("shrink", "expand", "gram", "dh_kernel")
+PRODUCTS = ("shrink", "expand", "gram", "dh_kernel", "one_pass_kernel")
 CUOBJDUMP = Path(nvidia_backend).parent / "bin" / "cuobjdump"
 
 
@@ -88,6 +88,7 @@ SHAPES = (
     Shape(16384, 14336, 4096, 64, 2, 64),  # Llama-3-8B down, many experts
     Shape(1024, 576, 1536, 8, 4, 8, 4),  # SmolLM2-135M up, selections sharing x
     Shape(1, 2048, 8192, 32, 2, 16),  # Llama-3.2-1B up, decoding
+    Shape(16384, 4096, 14336, 4, 2, 8),  # a small pool: dH and dB in one pass
     Shape(1000, 575, 1537, 5, 3, 3),  # nothing divides anything
 )
 
@@ -291,7 +292,7 @@ def main() -> None:
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
     shapes, targets = SHAPES, list(TARGETS)
     if args.subset:
-        dtypes, shapes, targets = dtypes[:1], (SHAPES[0], SHAPES[4]), ["sm_90", "gfx942"]
+        dtypes, shapes, targets = dtypes[:1], (SHAPES[0], *SHAPES[4:]), ["sm_90", "gfx942"]
     rows, found = [], []
     for target in targets:
         for dtype in dtypes:

@@ -79,6 +79,23 @@ def dense_gram(a: Arguments) -> int:
     return loads + size(a["g_ptr"]) * cdiv(P, a["plane_rows"]) * R * D
 
 
+def one_pass(a: Arguments) -> int:
+    """dy once, H once a chunk of columns, B once a row block; both partial sums."""
+    P, N, R = a["P"], a["N_OUT"], a["R"]
+    blocks, chunks = cdiv(P, a["BLOCK_M"]), cdiv(N, a["chunk"])
+    loads = size(a["dy_ptr"]) * P * N + size(a["h_ptr"]) * chunks * P * R
+    loads += size(a["b_ptr"]) * blocks * R * N
+    return loads + 4 * (chunks * P * R + blocks * R * N)
+
+
+def one_pass_ds(a: Arguments) -> int:
+    """Every part of dH once, dS once."""
+    P, R = a["P"], a["R"]
+    loads = 4 * a["num_parts"] * P * R
+    loads += size(a["weights_ptr"]) * P * a["TOP_K"] * a["HAS_WEIGHTS"]
+    return loads + size(a["ds_ptr"]) * P * R + 4 * P * R * a["KEEP_DH"]
+
+
 def dense_sum(a: Arguments) -> int:
     """Every plane once, the result once."""
     return a["SIZE"] * (4 * a["num_planes"] + size(a["g_ptr"]))
@@ -164,6 +181,8 @@ FORMULAS: dict[str, Callable[[Arguments], int]] = {
     "_dense_bwd_dh_kernel": dense_dh,
     "_dense_bwd_gram_kernel": dense_gram,
     "_dense_bwd_sum_kernel": dense_sum,
+    "_one_pass_kernel": one_pass,
+    "_one_pass_ds_kernel": one_pass_ds,
     "_dense_bwd_dweights_kernel": dense_dweights,
     "_grouped_sort_count_kernel": lambda a: 0,
     "_grouped_sort_scatter_kernel": lambda a: 0,

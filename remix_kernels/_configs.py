@@ -99,6 +99,20 @@ def gram(where: str, itemsize: int, columns: int, *, aligned: bool) -> Config:
     }
 
 
+def one_pass(where: str, itemsize: int, *, aligned: bool) -> Config:
+    """A block of rows of dy, at up to 32 columns of the pool: dH and dB."""
+    if where == "interpreter":
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 32}
+    if itemsize == 4 or not aligned or where.startswith("gfx"):
+        return {"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_R": 32, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_R": 32, "num_warps": 8, "num_stages": 3}
+
+
+def column_chunk(where: str) -> int:
+    """Columns of dy that one program of the one-pass kernel takes."""
+    return 64 if where == "interpreter" else 2048
+
+
 def plane_rows(where: str) -> int:
     """Rows that one program of the Gram kernel sums."""
     return 64 if where == "interpreter" else 4096

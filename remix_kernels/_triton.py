@@ -57,6 +57,32 @@ def add_product(
 
 
 @triton.jit
+def selection_mask(
+    index_ptr,  # [P, top_k]
+    weights_ptr,  # [P, top_k], when HAS_WEIGHTS
+    rows,  # [BLOCK_M] int64
+    mask_m,
+    expert,  # [BLOCK_R]
+    scale,
+    TOP_K: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The weight of each column's expert in each row, fp32 [BLOCK_M, BLOCK_R]; 0: not chosen."""
+    mask = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for j in range(TOP_K):
+        chosen = tl.load(index_ptr + rows * TOP_K + j, mask=mask_m, other=0).to(tl.int32)
+        hit = chosen[:, None] == expert[None, :]
+        if HAS_WEIGHTS:
+            w = tl.load(weights_ptr + rows * TOP_K + j, mask=mask_m, other=0.0).to(tl.float32)
+            mask += tl.where(hit, w[:, None], 0.0)
+        else:
+            mask += tl.where(hit, scale, 0.0)
+    return mask
+
+
+@triton.jit
 def swizzled_pid(num_m, num_n, GROUP_M: tl.constexpr):
     """(pid_m, pid_n) of a one-dimensional grid, so that neighbours share operands in L2."""
     pid = tl.program_id(0)

@@ -24,7 +24,8 @@ block, out of L2):
     dB, dA   s (M T R + M T out + R out)                2 M T R out       (dA likewise with in)
              and 8 R out a plane but the first
 
-The floor is the same sum without the second reading of y: y once, each input once.
+The floor is the same sum without the second reading of y: y once, each input once. Up to R = 32,
+unless selections share x, dH and dB come from one pass over dy: triton_one_pass.py.
 """
 
 from __future__ import annotations
@@ -34,36 +35,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from remix_kernels import _configs
+from remix_kernels import _configs, triton_one_pass
 from remix_kernels._launch import launch
 from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, base_and_output, frozen_dx
-from remix_kernels._triton import add_product, dot, precision, swizzled_pid
-
-
-@triton.jit
-def _mask(
-    index_ptr,  # [P, top_k]
-    weights_ptr,  # [P, top_k], when HAS_WEIGHTS
-    rows,  # [BLOCK_M] int64
-    mask_m,
-    expert,  # [BLOCK_R]
-    scale,
-    TOP_K: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """The weight of each column's expert in each row, fp32 [BLOCK_M, BLOCK_R]; 0: not chosen."""
-    mask = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-    for j in range(TOP_K):
-        chosen = tl.load(index_ptr + rows * TOP_K + j, mask=mask_m, other=0).to(tl.int32)
-        hit = chosen[:, None] == expert[None, :]
-        if HAS_WEIGHTS:
-            w = tl.load(weights_ptr + rows * TOP_K + j, mask=mask_m, other=0.0).to(tl.float32)
-            mask += tl.where(hit, w[:, None], 0.0)
-        else:
-            mask += tl.where(hit, scale, 0.0)
-    return mask
+from remix_kernels._triton import add_product, dot, precision, selection_mask, swizzled_pid
 
 
 @triton.jit
@@ -109,7 +84,7 @@ def _dense_fwd_shrink_kernel(
         tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=out_mask)
     for m in range(num_selections):
         rows = offs_m + m * tl.cast(T, tl.int64)
-        w = _mask(
+        w = selection_mask(
             index_ptr,
             weights_ptr,
             rows,
@@ -238,7 +213,7 @@ def _dense_bwd_dh_kernel(
         if KEEP_DH:
             dh_ptrs = dh_ptr + rows[:, None] * R + offs_r[None, :]
             tl.store(dh_ptrs, acc.to(dh_ptr.dtype.element_ty), mask=out_mask)
-        ds += acc * _mask(
+        ds += acc * selection_mask(
             index_ptr,
             weights_ptr,
             rows,
@@ -400,43 +375,22 @@ def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
     hidden, shrunk = kept.tensors
     assert hidden is not None
     rows, (n, out, r), P = x.shape[0], lora_B.shape, dy.shape[0]
-    where = _configs.arch(x.device)
     dx = dlora_a = dlora_b = dweights = None
-    if need.lora_B:
-        dlora_b = gram(hidden, dy, lora_B.dtype).view(n, r, out).transpose(1, 2)
     if not (need.x or need.lora_A or need.weights):
-        return Grads(lora_B=dlora_b)
+        return Grads(lora_B=_as_b(gram(hidden, dy, lora_B.dtype), lora_B))
     index, weights, scale = _selection(call)
     dshrunk = x.new_empty(rows, n * r)
     dhidden = x.new_empty(P, n * r, dtype=torch.float32) if need.weights else None
-    heavy = rows < P or not _configs.aligned(dy)
-    config = _configs.shrink(where, x.element_size(), n * r, heavy=heavy)
-    launch(
-        _dense_bwd_dh_kernel,
-        lambda c: (triton.cdiv(rows, c["BLOCK_M"]), triton.cdiv(n * r, c["BLOCK_R"])),
-        config,
-        dy_ptr=dy,
-        b_ptr=lora_B,
-        index_ptr=index,
-        weights_ptr=index if weights is None else weights,
-        ds_ptr=dshrunk,
-        dh_ptr=dshrunk if dhidden is None else dhidden,
-        T=rows,
-        N_OUT=out,
-        R=n * r,
-        RANK=r,
-        num_selections=P // rows,
-        scale=scale,
-        stride_dym=dy.stride(0),
-        stride_dyn=dy.stride(1),
-        stride_bn=lora_B.stride(0),
-        stride_bo=lora_B.stride(1),
-        stride_br=lora_B.stride(2),
-        TOP_K=index.shape[1],
-        HAS_WEIGHTS=weights is not None,
-        KEEP_DH=dhidden is not None,
-        PRECISION=precision(),
-    )
+    if need.lora_B and rows == P and n * r <= triton_one_pass.MOST_COLUMNS:
+        parts, planes = triton_one_pass.partial_sums(hidden, lora_B, dy)
+        summed = torch.empty(n * r, out, dtype=lora_B.dtype, device=x.device)
+        add_planes(planes, summed)
+        dlora_b = _as_b(summed, lora_B)
+        triton_one_pass.masked_sum(parts, index, weights, scale, r, dshrunk, dhidden)
+    else:
+        if need.lora_B:
+            dlora_b = _as_b(gram(hidden, dy, lora_B.dtype), lora_B)
+        _dh(call, dy, dshrunk, dhidden)
     if dhidden is not None:
         assert shrunk is not None and weights is not None
         dweights = torch.empty_like(weights)
@@ -466,6 +420,47 @@ def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
 
 
 DENSE = Strategy(dense_prepare, dense_fwd, dense_bwd)
+
+
+def _dh(call: Call, dy: Tensor, dshrunk: Tensor, dhidden: Tensor | None) -> None:
+    """dS = sum over m of mask * (dy B_all^T) into dshrunk; the product into dhidden where given."""
+    (rows, _), (n, out, r), P = call.x.shape, call.lora_B.shape, dy.shape[0]
+    lora_B = call.lora_B
+    index, weights, scale = _selection(call)
+    heavy = rows < P or not _configs.aligned(dy)
+    config = _configs.shrink(_configs.arch(dy.device), dy.element_size(), n * r, heavy=heavy)
+    launch(
+        _dense_bwd_dh_kernel,
+        lambda c: (triton.cdiv(rows, c["BLOCK_M"]), triton.cdiv(n * r, c["BLOCK_R"])),
+        config,
+        dy_ptr=dy,
+        b_ptr=lora_B,
+        index_ptr=index,
+        weights_ptr=index if weights is None else weights,
+        ds_ptr=dshrunk,
+        dh_ptr=dshrunk if dhidden is None else dhidden,
+        T=rows,
+        N_OUT=out,
+        R=n * r,
+        RANK=r,
+        num_selections=P // rows,
+        scale=scale,
+        stride_dym=dy.stride(0),
+        stride_dyn=dy.stride(1),
+        stride_bn=lora_B.stride(0),
+        stride_bo=lora_B.stride(1),
+        stride_br=lora_B.stride(2),
+        TOP_K=index.shape[1],
+        HAS_WEIGHTS=weights is not None,
+        KEEP_DH=dhidden is not None,
+        PRECISION=precision(),
+    )
+
+
+def _as_b(packed: Tensor, lora_B: Tensor) -> Tensor:
+    """[R, out] as a gradient of lora_B, [n, out, r]."""
+    n, out, r = lora_B.shape
+    return packed.view(n, r, out).transpose(1, 2)
 
 
 def dense_dx(call: Call, dy: Tensor, dshrunk: Tensor, lora_A: Tensor) -> Tensor:
@@ -575,16 +570,21 @@ def gram(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
         PRECISION=precision(),
     )
     if planes > 1:
-        launch(
-            _dense_bwd_sum_kernel,
-            (triton.cdiv(R * D, 1024),),
-            planes_ptr=parts,
-            g_ptr=result,
-            SIZE=R * D,
-            num_planes=planes,
-            BLOCK=1024,
-        )
+        add_planes(parts, result)
     return result
+
+
+def add_planes(parts: Tensor, result: Tensor) -> None:
+    """result [R, D] = the ordered sum of parts [planes, R, D]."""
+    launch(
+        _dense_bwd_sum_kernel,
+        (triton.cdiv(result.numel(), 1024),),
+        planes_ptr=parts,
+        g_ptr=result,
+        SIZE=result.numel(),
+        num_planes=parts.shape[0],
+        BLOCK=1024,
+    )
 
 
 def _all_a(call: Call) -> Tensor:

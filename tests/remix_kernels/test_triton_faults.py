@@ -73,7 +73,34 @@ FAULTS = [
         "            index_ptr,\n            weights_ptr,\n            rows,",
         "            index_ptr,\n            weights_ptr,\n            offs_m,",
     ),
-    Fault("dense", "_mask", "the last slot is left out", "range(TOP_K)", "range(TOP_K - 1)"),
+    Fault(
+        "shared",
+        "selection_mask",
+        "the last slot is left out",
+        "range(TOP_K)",
+        "range(TOP_K - 1)",
+    ),
+    Fault(
+        "one_pass",
+        "_one_pass_kernel",
+        "a block of columns overwrites dH of the one before",
+        "dh = dot(dy, b.to(dy.dtype), dh, PRECISION)",
+        "dh = dot(dy, b.to(dy.dtype), dh * 0.0, PRECISION)",
+    ),
+    Fault(
+        "one_pass",
+        "_one_pass_kernel",
+        "every block of rows writes the first plane of dB",
+        "g_ptr + (block * R",
+        "g_ptr + (block * 0",
+    ),
+    Fault(
+        "one_pass",
+        "_one_pass_ds_kernel",
+        "the last part of dH is not added",
+        "range(num_parts)",
+        "range(num_parts - 1)",
+    ),
     Fault(
         "dense",
         "_dense_fwd_expand_kernel",
@@ -92,8 +119,8 @@ FAULTS = [
         "dense",
         "_dense_bwd_dh_kernel",
         "the last selection in place of the sum over all",
-        "ds += acc * _mask(",
-        "ds = acc * _mask(",
+        "ds += acc * selection_mask(",
+        "ds = acc * selection_mask(",
     ),
     Fault(
         "dense",
@@ -223,7 +250,7 @@ FAULTS = [
     ),
 ]
 NONE = [Fault(strategy, "", "nothing", "", "") for strategy in ("dense", "grouped", "gather")]
-NONE += [Fault(strategy, "", "nothing", "", "") for strategy in ("sampling", "shared")]
+NONE += [Fault(strategy, "", "nothing", "", "") for strategy in ("sampling", "shared", "one_pass")]
 
 
 # What a strategy must pass: several blocks of rows, columns and ranks, all with a remainder, and M
@@ -233,6 +260,7 @@ PROBLEMS = {
     "grouped": Case(T=24, in_features=40, n=4, k=2, r=5, options=("linear", "M3")),
     "gather": Case(T=3, in_features=70, n=4, k=2, r=5, options=("linear",)),
 }
+PROBLEMS["one_pass"] = Case(T=70, in_features=40, out_features=100, n=4, k=2, r=5)
 SHARED_X = Case(T=36, in_features=40, n=8, k=2, r=5, options=("M3",))
 
 
@@ -249,11 +277,12 @@ def load(name: str, file: str, change: Callable[[str], str], folder: Path) -> Mo
 
 def solve_with(module: Any, strategy: str) -> None:
     """The problems of a strategy, with its kernels from `module`."""
+    case_of, strategy = strategy, "dense" if strategy == "one_pass" else strategy
     table = {strategy: getattr(module, strategy.upper())}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REMIX_GEMM", "triton")
         patch.setattr(ops, "triton_strategies", lambda: table)
-        for case in (PROBLEMS[strategy], *([SHARED_X] if strategy == "dense" else [])):
+        for case in (PROBLEMS[case_of], *([SHARED_X] if case_of == "dense" else [])):
             inputs, dy, eager, truth = solve(case, torch.float32, DEVICE)
             if strategy == "gather":  # its backward pass is the dense strategy's
                 with torch.no_grad():
@@ -297,7 +326,12 @@ def check(fault: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
         helpers = load("faulty_helpers", "_triton.py", change, folder)
         patch.setitem(sys.modules, "remix_kernels._triton", helpers)
         strategy, change = "dense", lambda source: source
-    solve_with(load(f"faulty_{strategy}", f"triton_{strategy}.py", change, folder), strategy)
+    problem = strategy
+    if strategy == "one_pass":
+        module = load("faulty_one_pass", "triton_one_pass.py", change, folder)
+        patch.setattr("remix_kernels.triton_one_pass", module)
+        strategy, change = "dense", lambda source: source
+    solve_with(load(f"faulty_{strategy}", f"triton_{strategy}.py", change, folder), problem)
 
 
 @pytest.mark.parametrize("nothing", NONE, ids=lambda fault: fault.strategy)
