@@ -29,7 +29,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.common import RESULTS
-from remix_kernels import _configs, triton_dense, triton_gather, triton_grouped
+from remix_kernels import _configs, triton_dense, triton_gather, triton_grouped, triton_one_pass
 from remix_kernels._launch import observe
 from remix_kernels._routed import Call, Needs, Strategy
 
@@ -252,7 +252,8 @@ def plans(name: str, call: Call, dy: Tensor) -> dict[str, int]:
     weights, ranks = n * r * (d + o), T * n * r
     if name == "dense":
         forward = T * d + weights + 2 * ranks + 2 * T * o
-        backward = 2 * T * o + 3 * T * d + 4 * ranks + 2 * weights
+        readings = 1 if n * r <= triton_one_pass.MOST_COLUMNS else 2  # of dy
+        backward = readings * T * o + 3 * T * d + 4 * ranks + 2 * weights
     elif name == "grouped":
         ranks = T * k * r
         forward = k * T * d + weights + 2 * ranks + 2 * k * T * o
@@ -265,6 +266,7 @@ def plans(name: str, call: Call, dy: Tensor) -> dict[str, int]:
 SHAPES = [  # Llama-3-8B: rows, in, out, n, k, r
     (16384, 4096, 14336, 8, 4, 8),
     (16384, 14336, 4096, 8, 4, 8),
+    (16384, 4096, 14336, 4, 2, 8),
     (16384, 4096, 14336, 32, 2, 16),
     (16384, 4096, 14336, 64, 2, 64),
     (1, 4096, 14336, 8, 4, 8),

@@ -155,5 +155,5 @@ def test_grouped_reads_its_operands_about_once_a_slot(monkeypatch: pytest.Monkey
         for row in traffic.table()
         if (row["strategy"], row["pass"]) == ("grouped", "forward")
     }
-    assert len(ratios) == 4
+    assert len(ratios) == 5
     assert all(0.99 <= ratio <= 1.2 for ratio in ratios.values()), ratios
