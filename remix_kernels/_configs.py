@@ -20,6 +20,7 @@ import triton
 from remix_kernels._triton import INTERPRET, padded
 
 Config = dict[str, int]
+CUBLAS_ABOVE = 512  # columns, by the roofline of an H100; not measured
 
 
 def arch(device: torch.device) -> str:
@@ -47,6 +48,14 @@ def own_gemm() -> bool:
     if choice not in ("torch", "triton"):
         raise ValueError(f"REMIX_GEMM={choice!r} is unknown; choose torch or triton")
     return choice == "triton"
+
+
+def adds_in_cublas(columns: int) -> bool:
+    """Whether y += H B runs in cuBLAS: where it is arithmetic that takes the time, not memory.
+
+    2 R FLOPs for each element of y that is read and written: from a few hundred columns on.
+    """
+    return columns > CUBLAS_ABOVE and not own_gemm()
 
 
 def shrink(where: str, itemsize: int, columns: int, *, heavy: bool = False) -> Config:

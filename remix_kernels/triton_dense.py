@@ -39,6 +39,7 @@ from remix_kernels import _configs, triton_one_pass
 from remix_kernels._launch import launch
 from remix_kernels._routed import Call, Grads, Kept, Needs, Strategy, base_and_output, frozen_dx
 from remix_kernels._triton import add_product, dot, precision, selection_mask, swizzled_pid
+from remix_kernels.torch_dense import pack_a, pack_b
 
 
 @triton.jit
@@ -365,6 +366,8 @@ def dense_fwd(call: Call, kept: Kept) -> Tensor:
         expand(hidden, lora_B, y, x=x, weight=call.weight, bias=call.bias)
     else:
         base, y = base_and_output(call)
+        if _configs.adds_in_cublas(hidden.shape[1]) and (base is None or base.shape == y.shape):
+            return _add_product(base, y, hidden, pack_b(lora_B, x.dtype))
         expand(hidden, lora_B, y, base=base)
     return y
 
@@ -468,6 +471,9 @@ def dense_dx(call: Call, dy: Tensor, dshrunk: Tensor, lora_A: Tensor) -> Tensor:
     x, weight = call.x, call.weight
     summed = dy if dy.shape[0] == x.shape[0] else dy.view(-1, x.shape[0], dy.shape[1]).sum(0)
     columns = lora_A.transpose(1, 2)  # [n, in, r], as B is [n, out, r]
+    if _configs.adds_in_cublas(dshrunk.shape[1]):
+        frozen = None if weight is None else frozen_dx(call, summed)
+        return _add_product(frozen, frozen, dshrunk, pack_a(lora_A, x.dtype))
     if weight is not None and _configs.own_gemm():
         dx = x.new_empty(x.shape)
         expand(dshrunk, columns, dx, x=summed, weight=weight.T)
@@ -478,6 +484,13 @@ def dense_dx(call: Call, dy: Tensor, dshrunk: Tensor, lora_A: Tensor) -> Tensor:
         dx = x.new_empty(x.shape)
         expand(dshrunk, columns, dx)
     return dx
+
+
+def _add_product(base: Tensor | None, y: Tensor | None, u: Tensor, v: Tensor) -> Tensor:
+    """base + u v, in place where base is y; u v alone without a base."""
+    if base is None:
+        return u @ v
+    return base.addmm_(u, v) if base is y else torch.addmm(base, u, v)
 
 
 def expand(

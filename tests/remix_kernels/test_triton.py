@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy
 import pytest
@@ -104,6 +105,40 @@ def test_the_k_extended_gemm(options: tuple[str, ...], monkeypatch: pytest.Monke
         case = Case(T=70, out_features=40, options=options)
         inputs, dy, eager, truth = solve(case, dtype, DEVICE)
         assert_all_accurate(run(op_of(case, "dense"), inputs, case.trained, dy), eager, truth)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("linear",), ("linear", "M3"), ("base",), ("number",), ("linear", "sharedA", "BT")],
+    ids="-".join,
+)
+def test_large_pools_are_added_in_cublas(
+    options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's addmm for y and dx; ours where M selections share the frozen product."""
+    monkeypatch.setattr("remix_kernels._configs.CUBLAS_ABOVE", 16)
+    used = kernels_of_one_pass(Case(T=24, in_features=40, out_features=30, options=options))
+    assert ("_dense_fwd_expand_kernel" in used) == ("M3" in options)
+    monkeypatch.setenv("REMIX_GEMM", "triton")
+    assert "_dense_fwd_expand_kernel" in kernels_of_one_pass(Case(T=24, options=options))
+
+
+def kernels_of_one_pass(case: Case) -> set[str]:
+    """The kernels that a dense forward and backward pass launches, its results checked."""
+    from remix_kernels._launch import observe
+
+    used: set[str] = set()
+
+    def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> bool:
+        used.add(kernel.fn.__name__)
+        return True
+
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, dy, eager, truth = solve(case, dtype, DEVICE)
+        with observe(note):
+            actual = run(op_of(case, "dense"), inputs, case.trained, dy)
+        assert_all_accurate(actual, eager, truth)
+    return used
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
