@@ -79,7 +79,8 @@ def best(
     """
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     key = key_of(kernel, grid, config, arguments)
-    known = _decided.get((device, key))
+    memo = (device, key, *config.items())  # what is fixed may differ from size to size
+    known = _decided.get(memo)
     if known is not None:
         return known
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -89,7 +90,7 @@ def best(
     except Exception as error:  # whatever it is: tuning is not worth a run
         _warn(f"{kernel.fn.__name__} runs as shipped: {type(error).__name__}: {error}")
         known = config
-    _decided[device, key] = known
+    _decided[memo] = known
     return known
 
 
@@ -133,7 +134,7 @@ def _look_up_or_search(
     entry = f"{' '.join(map(str, key))} {_version(kernel, tuple(config.items()))}"
     names = [name for name in config if name not in fixed]
     found = _read(path).get(entry, {})
-    if all(_usable(found.get(name)) for name in names):
+    if all(_usable(name, found.get(name), config[name]) for name in names):
         return {**config, **{name: found[name] for name in names}}
     chosen = _search(kernel, grid, config, names, arguments)
     if chosen is None:
@@ -142,8 +143,13 @@ def _look_up_or_search(
     return chosen
 
 
-def _usable(size: Any) -> bool:
-    return isinstance(size, int) and (size == 3 or (size > 0 and size & (size - 1) == 0))
+def _usable(name: str, size: Any, shipped: int) -> bool:
+    """Whether a search could have chosen this."""
+    if type(size) is not int or size == shipped:
+        return size == shipped
+    if name in _CHOICES:
+        return size in _CHOICES[name]
+    return name.startswith("BLOCK") and _LEAST <= size <= _MOST and size & (size - 1) == 0
 
 
 @functools.lru_cache(maxsize=256)

@@ -75,7 +75,10 @@ def warmup(
     done: list[tuple[RoutedShape, int]] = []
     for shape in dict.fromkeys(shapes):
         device = shape.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if resolve_backend(shape.backend, torch.empty(0, device=device)) != "triton":
+        if (
+            resolve_backend(shape.backend, torch.empty(0, dtype=shape.dtype, device=device))
+            != "triton"
+        ):
             continue
         started = time.perf_counter()
         for count in dict.fromkeys(counts):

@@ -380,7 +380,9 @@ def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
     rows, (n, out, r), P = x.shape[0], lora_B.shape, dy.shape[0]
     dx = dlora_a = dlora_b = dweights = None
     if not (need.x or need.lora_A or need.weights):
-        return Grads(lora_B=_as_b(gram(hidden, dy, lora_B.dtype), lora_B))
+        if need.lora_B:
+            dlora_b = _as_b(gram(hidden, dy, lora_B.dtype), lora_B)
+        return Grads(lora_B=dlora_b)
     index, weights, scale = _selection(call)
     dshrunk = x.new_empty(rows, n * r)
     dhidden = x.new_empty(P, n * r, dtype=torch.float32) if need.weights else None

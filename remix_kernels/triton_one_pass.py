@@ -6,7 +6,8 @@ Both sums need all of dy, one along its columns and one along its rows, so a pro
 of rows and a chunk of columns and leaves two partial sums in fp32, which are added in order:
 
     planes of dH  [chunks, P, R]            small, because R is
-    planes of dB  [row blocks, R, out]      4 R / (BLOCK_M s) of the bytes of dy: a quarter at most
+    planes of dB  [row blocks, R, out]      written and read again: 8 R / (BLOCK_M s) of the bytes
+                                            of dy, a half at R = 32, BLOCK_M = 256 and 16 bits
 
 Bytes (s an element; C chunks of columns, G blocks of rows):
 
@@ -14,7 +15,7 @@ Bytes (s an element; C chunks of columns, G blocks of rows):
     dS       4 C P R + s P R (+ 4 P R for learned weights)               b: an element of B
     dB       (4 G + b) R out
 
-Above R = 32 the planes would cost what a second reading of dy does: two kernels then.
+At R = 64 the planes would cost what a second reading of dy does: two kernels above 32.
 """
 
 from __future__ import annotations

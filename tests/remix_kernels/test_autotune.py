@@ -118,6 +118,19 @@ def test_other_sizes_are_searched_for_themselves(searches: list[Any]) -> None:
         assert "_grouped_shrink_kernel" in {name for name, _ in searches}
 
 
+def test_shipped_configurations_of_two_sizes_are_not_mixed(
+    searches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sizes round up to one, and their tiles of pairs differ: the grids are made for them."""
+    monkeypatch.setattr("remix_kernels._configs.arch", lambda device: "sm_90")
+    monkeypatch.setattr(_autotune, "_search", lambda kernel, grid, config, *rest: config)
+    for T in (129, 174):
+        case = Case(T=T, in_features=16, out_features=16, n=8, k=3, r=32)
+        inputs, dy, eager, truth = solve(case, torch.float16, DEVICE)
+        actual = run(op_of(case, "grouped"), inputs, case.trained, dy)
+        assert_all_accurate(actual, eager, truth)
+
+
 @pytest.mark.parametrize(
     "text", ['{"half": {"BLOCK', "[1]", '{"a": 3}'], ids=["cut", "a list", "no entries"]
 )

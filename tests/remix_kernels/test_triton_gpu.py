@@ -27,6 +27,7 @@ SHAPES = {  # rows, in, out, n, k, r
     "smollm2-up": (1024, 576, 1536, 8, 4, 8),
     "llama3-8b-up": (16384, 4096, 14336, 8, 4, 8),
     "llama3-8b-down-many": (4096, 14336, 4096, 64, 2, 64),
+    "small-pool": (4096, 4096, 14336, 4, 2, 8),  # dH and dB in one pass
     "odd": (1000, 575, 1537, 5, 3, 3),
 }
 

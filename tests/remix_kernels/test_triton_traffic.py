@@ -23,11 +23,14 @@ pytestmark = [
     pytest.mark.usefixtures("strict_triton"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter"),
 ]
+# dH and dB in one pass, over several blocks of rows and chunks of columns
+SMALL_POOL = Case(T=36, in_features=20, out_features=70, n=3, k=1, r=3)
 CASES = [
     Case(T=34, in_features=40, out_features=40),
     Case(T=40, in_features=34, out_features=47, n=3, r=20, options=("number",)),
     Case(T=9, in_features=40, out_features=40, options=("M3", "base")),
     Case(T=9, in_features=40, out_features=40, n=5, r=17, options=("linear", "sharedA")),
+    SMALL_POOL,
 ]
 STRATEGIES = ["dense", "grouped", "gather"]
 
@@ -134,7 +137,7 @@ def shuffled(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[None]:
 
 @pytest.mark.usefixtures("nan_in_empty")
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("case", CASES[1:3], ids=str)
+@pytest.mark.parametrize("case", [*CASES[1:3], SMALL_POOL], ids=str)
 def test_any_order_of_programs_gives_the_same_bits(
     case: Case, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
