@@ -25,11 +25,11 @@ from torch import Tensor
 BACKENDS = ("auto", "torch", "triton", "reference")
 STRATEGIES = ("auto", "dense", "grouped", "gather")
 
-_FLOP_PER_S = 1.0e11
+_FLOP_PER_S = 1.5e11
 _BYTES_PER_S = 1.0e10
-_PAIR_BYTES_PER_S = 4.5e9  # rows of x and y, gathered and scattered
+_PAIR_BYTES_PER_S = 6.0e9  # rows of x and y, gathered and scattered
 _DENSE_CALL_S = 6.0e-5
-_EXPERT_CALL_S = 2.5e-5  # a non-empty expert, grouped: index_select, two GEMMs, index_add
+_EXPERT_CALL_S = 2.5e-4  # a non-empty expert, grouped: index_select, two GEMMs, index_add
 _SLOT_CALL_S = 1.5e-5  # a (row, slot), gather: two matrix-vector products
 
 _GPU_FLOP_PER_S = 6.0e14  # an H100's 16-bit tensor cores, as GEMMs reach them
