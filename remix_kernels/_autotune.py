@@ -17,7 +17,6 @@ between processes that search at the same time, and between batch sizes.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import inspect
@@ -244,12 +243,14 @@ def _save(path: Path, entry: str, config: Config) -> None:
     """Add one entry to the file as it is now: other processes search too."""
     fresh = path.with_suffix(f".{os.getpid()}.tmp")
     try:
+        import fcntl  # not on Windows, where kernels run all the same
+
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             fresh.write_text(json.dumps({**_read(path), entry: config}, indent=1), encoding="utf-8")
             os.replace(fresh, path)
-    except OSError as error:
+    except (OSError, ImportError) as error:
         _warn(f"{path} is not written ({error}): the next process searches again")
         with contextlib.suppress(OSError):
             fresh.unlink()

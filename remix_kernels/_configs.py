@@ -6,7 +6,7 @@ is never the number of rows: with our own GEMM a row's result is the same bits i
 
 The numbers were chosen by ahead-of-time compilation (registers, spills, shared memory:
 `python -m benchmarks.compile_report`), not by timing: no GPU has measured them yet. An architecture
-that is not listed gets those of sm_80, which fit everywhere.
+that is not listed gets those of sm_80.
 """
 
 from __future__ import annotations

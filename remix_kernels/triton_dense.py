@@ -395,7 +395,7 @@ def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
     else:
         if need.lora_B:
             dlora_b = _as_b(gram(hidden, dy, lora_B.dtype), lora_B)
-        _dh(call, dy, dshrunk, dhidden)
+        _dh(call, (index, weights, scale), dy, dshrunk, dhidden)
     if dhidden is not None:
         assert shrunk is not None and weights is not None
         dweights = torch.empty_like(weights)
@@ -427,11 +427,16 @@ def dense_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
 DENSE = Strategy(dense_prepare, dense_fwd, dense_bwd)
 
 
-def _dh(call: Call, dy: Tensor, dshrunk: Tensor, dhidden: Tensor | None) -> None:
+def _dh(
+    call: Call,
+    selection: tuple[Tensor, Tensor | None, float],
+    dy: Tensor,
+    dshrunk: Tensor,
+    dhidden: Tensor | None,
+) -> None:
     """dS = sum over m of mask * (dy B_all^T) into dshrunk; the product into dhidden where given."""
     (rows, _), (n, out, r), P = call.x.shape, call.lora_B.shape, dy.shape[0]
-    lora_B = call.lora_B
-    index, weights, scale = _selection(call)
+    lora_B, (index, weights, scale) = call.lora_B, selection
     heavy = rows < P or not _configs.aligned(dy)
     config = _configs.shrink(_configs.arch(dy.device), dy.element_size(), n * r, heavy=heavy)
     launch(
@@ -471,20 +476,17 @@ def _as_b(packed: Tensor, lora_B: Tensor) -> Tensor:
 def dense_dx(call: Call, dy: Tensor, dshrunk: Tensor, lora_A: Tensor) -> Tensor:
     """(sum over m of dy) W + dS A_all, [T, in]."""
     x, weight = call.x, call.weight
-    summed = dy if dy.shape[0] == x.shape[0] else dy.view(-1, x.shape[0], dy.shape[1]).sum(0)
     columns = lora_A.transpose(1, 2)  # [n, in, r], as B is [n, out, r]
-    if _configs.adds_in_cublas(dshrunk.shape[1]):
-        frozen = None if weight is None else frozen_dx(call, summed)
-        return _add_product(frozen, frozen, dshrunk, pack_a(lora_A, x.dtype))
     if weight is not None and _configs.own_gemm():
+        summed = dy if dy.shape[0] == x.shape[0] else dy.view(-1, x.shape[0], dy.shape[1]).sum(0)
         dx = x.new_empty(x.shape)
         expand(dshrunk, columns, dx, x=summed, weight=weight.T)
-    elif weight is not None:
-        dx = frozen_dx(call, summed)
-        expand(dshrunk, columns, dx, base=dx)
-    else:
-        dx = x.new_empty(x.shape)
-        expand(dshrunk, columns, dx)
+        return dx
+    frozen = None if weight is None else frozen_dx(call, dy)
+    if _configs.adds_in_cublas(dshrunk.shape[1]):
+        return _add_product(frozen, frozen, dshrunk, pack_a(lora_A, x.dtype))
+    dx = x.new_empty(x.shape) if frozen is None else frozen
+    expand(dshrunk, columns, dx, base=frozen)
     return dx
 
 
