@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,6 +120,16 @@ def write_rows(name: str, rows: Sequence[dict[str, object]]) -> Path:
         if new:
             writer.writeheader()
         writer.writerows(full)
+    return path
+
+
+def replace_rows(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
+    """Write rows as the whole of results/<name>.csv: for what is computed, not measured."""
+    path = RESULTS / f"{name}.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
     return path
 
 

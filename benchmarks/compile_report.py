@@ -22,13 +22,12 @@ import os
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: it must compile here
 
 import argparse
-import csv
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __file__ as nvidia_backend
 from triton.compiler import ASTSource
 
-from benchmarks.common import RESULTS
+from benchmarks.common import replace_rows
 from remix_kernels import _configs, triton_dense, triton_gather, triton_grouped, triton_sampling
 from remix_kernels._launch import observe
 from remix_kernels._routed import Call, Needs, Strategy
@@ -309,7 +308,8 @@ def main() -> None:
                         print("FAULT", found[-1], flush=True)
         print(f"{target}: {len(rows)} compilations so far", flush=True)
     if not args.no_save:
-        _write(rows)
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        replace_rows("compile_report", [{**versions, **asdict(row)} for row in rows])
     print(f"{len(rows)} compilations, {len(found)} faults")
     if args.check and found:
         sys.exit(1)
@@ -317,19 +317,6 @@ def main() -> None:
 
 def _short(config: dict[str, Any]) -> str:
     return " ".join(f"{name}={value:d}" for name, value in config.items())
-
-
-def _write(rows: list[Row]) -> None:
-    path = RESULTS / "compile_report.csv"
-    where: dict[str, Callable[[], str]] = {
-        "triton": lambda: triton.__version__,
-        "torch": lambda: torch.__version__,
-    }
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*where, *asdict(rows[0])])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({**{name: get() for name, get in where.items()}, **asdict(row)})
 
 
 if __name__ == "__main__":

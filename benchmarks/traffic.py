@@ -20,7 +20,6 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # nothing is compiled here
 
-import csv
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +27,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.common import RESULTS
+from benchmarks.common import replace_rows
 from remix_kernels import _configs, triton_dense, triton_gather, triton_grouped, triton_one_pass
 from remix_kernels._launch import observe
 from remix_kernels._routed import Call, Needs, Strategy
@@ -312,10 +311,7 @@ def main() -> None:
     print("| " + " | ".join(rows[0]) + " |\n" + "| --- " * len(rows[0]) + "|")
     for row in rows:
         print("| " + " | ".join(row.values()) + " |")
-    with (RESULTS / "traffic.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    replace_rows("traffic", rows)
 
 
 if __name__ == "__main__":
