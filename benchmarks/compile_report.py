@@ -40,7 +40,14 @@ from triton.backends.nvidia import __file__ as nvidia_backend
 from triton.compiler import ASTSource
 
 from benchmarks.common import replace_rows
-from remix_kernels import _configs, triton_dense, triton_gather, triton_grouped, triton_sampling
+from remix_kernels import (
+    _configs,
+    triton_dense,
+    triton_gather,
+    triton_grouped,
+    triton_sampling,
+    triton_unordered,
+)
 from remix_kernels._launch import observe
 from remix_kernels._routed import Call, Needs, Strategy
 
@@ -138,7 +145,10 @@ def record(shape: Shape, dtype: torch.dtype, target: str) -> Iterator[Launch]:
             index = _meta(shape.rows, shape.k, dtype=torch.int32)
             triton_sampling.sample_top_k_fwd(logits, shape.k, 2**40 + 1, 0)
             triton_sampling.log_prob_fwd(logits, index)
-            triton_sampling.log_prob_bwd(logits, index, _meta(shape.rows, dtype=torch.float32))
+            grad = _meta(shape.rows, dtype=torch.float32)
+            triton_sampling.log_prob_bwd(logits, index, grad)
+            triton_unordered.unordered_log_prob_fwd(logits, index)
+            triton_unordered.unordered_log_prob_bwd(logits, index, grad)
     finally:
         os.environ.pop("REMIX_GEMM", None)
         _configs.arch = real_arch

@@ -174,6 +174,11 @@ def log_prob_grad(a: Arguments) -> int:
     return log_prob(a) + size(a["dlogits_ptr"]) * a["T"] * a["N_EXPERTS"]
 
 
+def gathered(a: Arguments) -> int:
+    """The logits of the drawn experts, read again."""
+    return size(a["logits_ptr"]) * a["T"] * a["TOP_K"]
+
+
 FORMULAS: dict[str, Callable[[Arguments], int]] = {
     "_dense_fwd_shrink_kernel": dense_shrink,
     "_dense_fwd_expand_kernel": dense_expand,
@@ -194,6 +199,8 @@ FORMULAS: dict[str, Callable[[Arguments], int]] = {
     "_sample_top_k_fwd_kernel": sample,
     "_log_prob_fwd_kernel": log_prob,
     "_log_prob_bwd_kernel": log_prob_grad,
+    "_unordered_log_prob_fwd_kernel": lambda a: log_prob(a) + gathered(a),
+    "_unordered_log_prob_bwd_kernel": lambda a: log_prob_grad(a) + gathered(a),
 }
 
 

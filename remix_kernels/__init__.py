@@ -5,7 +5,7 @@ Four functions are public, each with a plain-loop oracle in `remix_kernels.refer
     routed_lora         sum_j w_j B_{i_j} A_{i_j} x            (optionally added to a base output)
     routed_linear       W x + b + the same sum, in one op
     sample_top_k        k experts drawn without replacement: Gumbel top-k, counter-based
-    selection_log_prob  the Plackett-Luce log-probability of such a draw
+    selection_log_prob  the Plackett-Luce log-probability of such a draw, or of its set
 
 `warmup` compiles (and under REMIX_AUTOTUNE=1 tunes) the kernels of a model before its first step.
 Only torch is imported; nothing touches a device at import.

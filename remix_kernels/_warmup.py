@@ -27,6 +27,7 @@ class RoutedShape(NamedTuple):
     backend: str = "auto"
     strategy: str = "auto"
     device: torch.device | None = None  # None: a GPU where there is one
+    unordered: bool = False  # whether the router trains on the probability of the set
 
 
 def warmup(
@@ -123,7 +124,8 @@ def _run(shape: RoutedShape, rows: int, device: torch.device) -> None:
     with torch.no_grad():
         op(top_k)
     drawn = sample_top_k(logits, shape.top_k, seed=0, backend=shape.backend)
-    selection_log_prob_bwd(logits, drawn, logits.new_ones(rows), backend=shape.backend)
+    ones = logits.new_ones(rows)
+    selection_log_prob_bwd(logits, drawn, ones, unordered=shape.unordered, backend=shape.backend)
     with torch.enable_grad():
         for index in (drawn, top_k):
             y = op(index)

@@ -25,6 +25,8 @@ from remix_kernels.torch_grouped import GROUPED
 from remix_kernels.torch_sampling import OrderedLogProb
 from remix_kernels.torch_sampling import log_prob_bwd as torch_log_prob_bwd
 from remix_kernels.torch_sampling import sample_top_k as torch_sample_top_k
+from remix_kernels.torch_unordered import UnorderedLogProb
+from remix_kernels.torch_unordered import unordered_log_prob_bwd as torch_unordered_log_prob_bwd
 
 TORCH: dict[str, Strategy] = {"dense": DENSE, "grouped": GROUPED, "gather": GATHER}
 
@@ -45,14 +47,16 @@ def triton_strategies() -> dict[str, Strategy]:
 
 @functools.cache
 def _triton_sampling() -> tuple[Callable[..., Tensor], ...]:
-    """(sample_top_k, ordered log-probability, its gradient) in Triton, backed by PyTorch."""
-    from remix_kernels import triton_sampling
+    """(sample_top_k, log-probability, its gradient, the same two unordered), backed by PyTorch."""
+    from remix_kernels import triton_sampling, triton_unordered
     from remix_kernels._fallback import or_else
 
     return (
         or_else(triton_sampling.sample_top_k_fwd, torch_sample_top_k),
         or_else(triton_sampling.OrderedLogProb.apply, OrderedLogProb.apply),
         or_else(triton_sampling.log_prob_bwd, torch_log_prob_bwd),
+        or_else(triton_unordered.UnorderedLogProb.apply, UnorderedLogProb.apply),
+        or_else(triton_unordered.unordered_log_prob_bwd, torch_unordered_log_prob_bwd),
     )
 
 
@@ -212,24 +216,24 @@ def sample_top_k(
 def selection_log_prob(
     logits: Tensor, top_k_index: Tensor, *, unordered: bool = False, backend: str = "auto"
 ) -> Tensor:
-    """Log-probability that `sample_top_k` draws this selection, in this order.
+    """Log-probability that `sample_top_k` draws this selection, in this order or in any.
 
     Args:
         logits: [..., n], floating point.
         top_k_index: Integer [..., k] with the leading dimensions of logits, distinct within a row.
-        unordered: The probability of the set, summed over orders. Only in the reference backend so
-            far.
+        unordered: The probability of the set, summed over all orders; 0 in every row where k = n.
         backend: As in `routed_lora`.
 
     Returns:
         [...] in fp32 (fp64 for fp64 logits), differentiable in logits with a closed-form gradient.
+        The unordered one is rounded once or twice more; in fp64 and beyond 8 experts the
+        probability is right to 1e-12.
 
     Raises:
-        ValueError: Shapes or devices do not fit, an expert is out of range or drawn twice, or
-            unordered=True outside the reference backend.
+        ValueError: Shapes or devices do not fit, or an expert is out of range or drawn twice.
 
     Source: ReMix (arXiv 2603.10160) section 3.2: sum_j [z_{i_j} - logsumexp(z over experts not
-        drawn yet)].
+        drawn yet)]. Unordered: derived in torch_unordered.py.
     """
     check_logits(logits)
     check_top_k_index(top_k_index, logits.shape[-1], logits.device)
@@ -242,19 +246,21 @@ def selection_log_prob(
     if name == "reference":
         z = logits if logits.dtype == torch.float64 else logits.float()
         return reference.selection_log_prob_ref(z, top_k_index, unordered=unordered)
-    if unordered:
-        raise ValueError(
-            f"unordered=True is not available in the {name} backend of this version; use "
-            "unordered=False, or backend='reference' for small inputs"
-        )
     n, k = logits.shape[-1], top_k_index.shape[-1]
-    ordered = _triton_sampling()[1] if name == "triton" else OrderedLogProb.apply
-    log_prob = ordered(logits.reshape(-1, n), top_k_index.reshape(-1, k))
-    return log_prob.view(logits.shape[:-1])
+    if name == "triton":
+        op = _triton_sampling()[3 if unordered else 1]
+    else:
+        op = UnorderedLogProb.apply if unordered else OrderedLogProb.apply
+    return op(logits.reshape(-1, n), top_k_index.reshape(-1, k)).view(logits.shape[:-1])
 
 
 def selection_log_prob_bwd(
-    logits: Tensor, top_k_index: Tensor, grad: Tensor, *, backend: str = "auto"
+    logits: Tensor,
+    top_k_index: Tensor,
+    grad: Tensor,
+    *,
+    unordered: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """grad times the gradient of `selection_log_prob`, for a caller that has its own boundary.
 
@@ -262,14 +268,17 @@ def selection_log_prob_bwd(
         logits: [T, n].
         top_k_index: Integer [T, k], not checked.
         grad: [T], fp32.
+        unordered: As in `selection_log_prob`.
         backend: As in `routed_lora`; "reference" is PyTorch's here.
 
     Returns:
         [T, n] in the dtype of logits.
     """
     if resolve_backend(backend, logits) == "triton":
-        return _triton_sampling()[2](logits, top_k_index.contiguous(), grad)
-    return torch_log_prob_bwd(logits, top_k_index, grad)
+        bwd = _triton_sampling()[4 if unordered else 2]
+        return bwd(logits, top_k_index.contiguous(), grad)
+    bwd = torch_unordered_log_prob_bwd if unordered else torch_log_prob_bwd
+    return bwd(logits, top_k_index, grad)
 
 
 def _run(call: Call, backend: str, strategy: str) -> Tensor:

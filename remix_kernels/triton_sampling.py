@@ -239,7 +239,7 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _blocks(z: Tensor) -> tuple[tuple[int], dict[str, int]]:
+def _blocks(z: Tensor, lanes: int = _LANES) -> tuple[tuple[int], dict[str, int]]:
     block_n = max(4, triton.next_power_of_2(z.shape[1]))
-    block_m = max(1, _LANES // block_n)
+    block_m = max(1, lanes // block_n)
     return (triton.cdiv(z.shape[0], block_m),), {"BLOCK_M": block_m, "BLOCK_N": block_n}

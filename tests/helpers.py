@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -121,6 +122,13 @@ def selection_log_prob_eager(logits: Tensor, top_k_index: Tensor) -> Tensor:
         total = total + z.gather(-1, step).squeeze(-1) - z.logsumexp(-1)
         z = z.scatter(-1, step, float("-inf"))
     return total
+
+
+def unordered_log_prob_eager(logits: Tensor, top_k_index: Tensor) -> Tensor:
+    """logsumexp of the ordered log-probabilities over all k! orders."""
+    orders = permutations(range(top_k_index.shape[-1]))
+    totals = [selection_log_prob_eager(logits, top_k_index[..., list(order)]) for order in orders]
+    return torch.stack(totals).logsumexp(0)
 
 
 # Signed random problems

@@ -157,9 +157,11 @@ LOG_PROB = {
     "k-above-n": ({"top_k_index": whole(2, 5)}, "top_k_index is [2, 5] ... 1 <= k <= n = 4"),
     "too-high": ({"top_k_index": rows([0, 9], [0, 1])}, "top_k_index holds 9 ... 0 to 3"),
     "twice": ({"top_k_index": rows([0, 1], [1, 1])}, "twice in row 1: [1, 1] ... distinct"),
-    "unordered": ({"unordered": True}, "unordered=True ... backend='reference'"),
     "backend": ({"backend": "gpu"}, f"backend='gpu' is unknown; {BACKENDS}"),
     "triton": ({"backend": "triton"}, NO_TRITON),
+}
+UNORDERED = {
+    k: ({**changes, "unordered": True}, message) for k, (changes, message) in LOG_PROB.items()
 }
 
 
@@ -192,7 +194,7 @@ def test_sample_top_k(changes: dict[str, Any], message: str) -> None:
     check(sample_top_k, {"logits": ones(3, 4), "k": 2, "seed": 0, **changes}, message)
 
 
-@table(LOG_PROB)
+@table({**LOG_PROB, **{f"unordered-{name}": case for name, case in UNORDERED.items()}})
 def test_selection_log_prob(changes: dict[str, Any], message: str) -> None:
     valid = {"logits": ones(2, 4), "top_k_index": rows([0, 1], [2, 3])}
     check(selection_log_prob, {**valid, **changes}, message)

@@ -99,8 +99,9 @@ def test_probabilities_of_all_ordered_selections(n: int, k: int) -> None:
     assert_accurate(actual.sum(), eager.sum(), torch.ones((), dtype=torch.float64), "sum")
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("n,k", [(5, 3), (4, 4), (4, 1)], ids=param_id)
-def test_probabilities_of_all_sets(n: int, k: int) -> None:
+def test_probabilities_of_all_sets(n: int, k: int, backend: str) -> None:
     """unordered=True: every set has the sum over its orders, and all sets together are 1."""
     z = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64)
@@ -108,7 +109,7 @@ def test_probabilities_of_all_sets(n: int, k: int) -> None:
         orders = torch.tensor(list(itertools.permutations(chosen)))
         ordered = selection_log_prob(z.expand(len(orders), n), orders).logsumexp(0)
         index = torch.tensor(chosen)
-        unordered = selection_log_prob(z, index, unordered=True, backend="reference")
+        unordered = selection_log_prob(z, index, unordered=True, backend=backend)
         assert_accurate(unordered, ordered, ordered)
         total += unordered.exp()
     assert_accurate(total, total.new_ones(()), total.new_ones(()), "sum")

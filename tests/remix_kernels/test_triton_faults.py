@@ -17,16 +17,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import remix_kernels
 from remix_kernels import ops, sample_top_k, selection_log_prob
 from tests.helpers import (
     Case,
+    Inputs,
     assert_accurate,
     assert_all_accurate,
+    in_fp64,
     run,
     selection_log_prob_eager,
     solve,
+    unordered_log_prob_eager,
 )
 from tests.remix_kernels.test_triton import DEVICE, op_of
 
@@ -235,6 +239,41 @@ FAULTS = [
         "dz += 0.0 * tl.load(grad_ptr",
     ),
     Fault(
+        "unordered",
+        "_drawn_and_rest",
+        "the last drawn expert counts among the others",
+        "range(TOP_K)",
+        "range(TOP_K - 1)",
+    ),
+    Fault(
+        "unordered",
+        "_node",
+        "nodes count as if they were equally far apart",
+        "STEP + 0.5 * STEP * bend",
+        "STEP + 0.0 * STEP * bend",
+    ),
+    Fault(
+        "unordered",
+        "_unordered_log_prob_fwd_kernel",
+        "the sum is not made relative to a new largest term",
+        "total * tl.exp(largest - highest)",
+        "total",
+    ),
+    Fault(
+        "unordered",
+        "_unordered_log_prob_bwd_kernel",
+        "a node overwrites the mean of those before",
+        "dlog_a * scale[:, None]",
+        "dlog_a * 0.0",
+    ),
+    Fault(
+        "unordered",
+        "_unordered_log_prob_bwd_kernel",
+        "the experts that were not drawn get no gradient",
+        "-drest[:, None] * share",
+        "-drest[:, None] * 0.0 * share",
+    ),
+    Fault(
         "shared",
         "add_product",
         "the last block of columns is left out",
@@ -251,6 +290,7 @@ FAULTS = [
 ]
 NONE = [Fault(strategy, "", "nothing", "", "") for strategy in ("dense", "grouped", "gather")]
 NONE += [Fault(strategy, "", "nothing", "", "") for strategy in ("sampling", "shared", "one_pass")]
+NONE += [Fault("unordered", "", "nothing", "", "")]
 
 
 # What a strategy must pass: several blocks of rows, columns and ranks, all with a remainder, and M
@@ -293,26 +333,43 @@ def solve_with(module: Any, strategy: str) -> None:
                 assert_all_accurate(actual, eager, truth)
 
 
+def log_prob_inputs() -> tuple[Inputs, Tensor]:
+    """Drawn experts of some rows, and a gradient."""
+    logits, grad = torch.randn(37, 9, device=DEVICE), torch.randn(37, device=DEVICE)
+    index = sample_top_k(logits, 3, seed=2**40 + 1, offset=5, backend="torch")
+    return {"logits": logits, "top_k_index": index}, grad
+
+
+def check_log_prob(
+    actual: Inputs, eager_op: Callable[..., Tensor], inputs: Inputs, grad: Tensor
+) -> None:
+    eager = run(eager_op, inputs, ("logits",), grad)
+    truth = run(eager_op, in_fp64(inputs), ("logits",), grad.double())
+    assert_all_accurate(actual, eager, truth)
+
+
 def sample_with(module: Any) -> None:
     """Draws, log-probabilities and their gradient, by the kernels of `module`."""
-    logits, grad = torch.randn(37, 9, device=DEVICE), torch.randn(37, device=DEVICE)
-    want = sample_top_k(logits, 3, seed=2**40 + 1, offset=5, backend="torch")
+    inputs, grad = log_prob_inputs()
+    logits, want = inputs.values()
     with pytest.MonkeyPatch.context() as patch:
         twins = (module.sample_top_k_fwd, module.OrderedLogProb.apply, module.log_prob_bwd)
         patch.setattr(ops, "_triton_sampling", lambda: twins)
         got = sample_top_k(logits, 3, seed=2**40 + 1, offset=5, backend="triton")
         assert torch.equal(got, want)
-        results = []
-        for op, z in (
-            (lambda z: selection_log_prob(z, want, backend="triton"), logits),
-            (lambda z: selection_log_prob_eager(z, want), logits),
-            (lambda z: selection_log_prob_eager(z, want), logits.double()),
-        ):
-            z = z.detach().requires_grad_()
-            y = op(z)
-            results.append((y.detach(), torch.autograd.grad(y, z, grad.to(y.dtype))[0]))
-    for actual, eager, truth in zip(*results, strict=True):
-        assert_accurate(actual, eager, truth)
+        actual = run(selection_log_prob, {**inputs, "backend": "triton"}, ("logits",), grad)
+    check_log_prob(actual, selection_log_prob_eager, inputs, grad)
+
+
+def unordered_with(module: Any) -> None:
+    """Log-probabilities of sets and their gradient, by the kernels of `module`."""
+    inputs, grad = log_prob_inputs()
+    arguments = {**inputs, "unordered": True, "backend": "triton"}
+    with pytest.MonkeyPatch.context() as patch:
+        twins = (None, None, None, module.UnorderedLogProb.apply, module.unordered_log_prob_bwd)
+        patch.setattr(ops, "_triton_sampling", lambda: twins)
+        actual = run(selection_log_prob, arguments, ("logits",), grad)
+    check_log_prob(actual, unordered_log_prob_eager, inputs, grad)
 
 
 def check(fault: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -321,6 +378,9 @@ def check(fault: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
     strategy = fault.strategy
     if strategy == "sampling":
         sample_with(load("faulty_sampling", "triton_sampling.py", change, folder))
+        return
+    if strategy == "unordered":
+        unordered_with(load("faulty_unordered", "triton_unordered.py", change, folder))
         return
     if strategy == "shared":
         helpers = load("faulty_helpers", "_triton.py", change, folder)

@@ -165,13 +165,15 @@ def test_sampling_draws_what_the_processor_draws() -> None:
     assert int((here != there).any(1).sum()) <= 2  # keys that agree to their last bits
 
 
-def test_log_prob_and_its_gradient() -> None:
+@pytest.mark.parametrize("unordered", [False, True])
+@pytest.mark.parametrize("k", [2, 8, 20])
+def test_log_prob_and_its_gradient(k: int, unordered: bool) -> None:
     logits = torch.randn(5000, 64, device="cuda", requires_grad=True)
-    index = sample_top_k(logits, 8, seed=1)
+    index = sample_top_k(logits, k, seed=1)
     results = []
     for z, backend in ((logits, "triton"), (logits, "torch"), (logits.double(), "torch")):
         z = z.detach().requires_grad_()
-        value = selection_log_prob(z, index, backend=backend)
+        value = selection_log_prob(z, index, unordered=unordered, backend=backend)
         (grad,) = torch.autograd.grad(value.sum(), z)
         results.append({"log_prob": value.detach(), "dlogits": grad})
     assert_all_accurate(*results)

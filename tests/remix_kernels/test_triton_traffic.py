@@ -107,8 +107,9 @@ def test_traffic_of_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.randn(70, 9, requires_grad=True)
     with counted(monkeypatch) as (touched, expected):
         index = sample_top_k(z, 3, seed=1, backend="triton")
-        selection_log_prob(z, index, backend="triton").sum().backward()
-    assert len(touched) == 3 and touched == expected
+        for unordered in (False, True):
+            selection_log_prob(z, index, unordered=unordered, backend="triton").sum().backward()
+    assert len(touched) == 5 and touched == expected
 
 
 @contextmanager
