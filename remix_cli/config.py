@@ -104,6 +104,15 @@ class RunConfig:
     exclude_modules: Sequence[str] | str | None = _option(None, "method", "names to leave out")
     layers_to_transform: Sequence[int] | None = _option(None, "method", "only these layers")
     router_type: str = _option("remix", "method", "how experts are chosen", ("remix",))
+    routing_granularity: str = _option(
+        "token",
+        "method",
+        "one choice a token, or a sequence (from its prompt)",
+        ("token", "sequence"),
+    )
+    router_sharing: str = _option(
+        "module", "method", "one router a linear, or a feed-forward block", ("module", "block")
+    )
     router_init_range: float = _option(0.02, "method", "standard deviation of the router's start")
     router_temperature: float = _option(1.0, "method", "divides the router's logits")
     backend: str = _option(
@@ -112,16 +121,46 @@ class RunConfig:
 
     # How it learns.
     num_selections: int = _option(4, "training", "sampled selections per input (M), at least 2")
-    credit: str = _option(
-        "sequence", "training", "losses a selection answers for: its sequence's", ("sequence",)
+    grad_selections: int | None = _option(
+        None, "training", "selections with a backward pass (G); default: all M", minimum=1
     )
-    log_prob: str = _option("ordered", "training", "of a selection", ("ordered",))
+    selection_chunk_size: int | None = _option(
+        None, "training", "selections in memory at once; default: G", minimum=1
+    )
+    credit: str = _option(
+        "sequence",
+        "training",
+        "losses a choice answers for: all of its sequence, or those after it",
+        ("sequence", "causal"),
+    )
+    log_prob: str = _option(
+        "ordered",
+        "training",
+        "of a selection: of the draw, or of the set",
+        ("ordered", "unordered"),
+    )
     logprob_tokens: str = _option(
         "all", "training", "positions that are sampled", ("all", "response")
     )
     learning_rate: float = _option(5e-4, "training", "of the LoRAs, at its peak", minimum=0)
     router_learning_rate: float | None = _option(
         None, "training", "of the routers; default: learning_rate", minimum=0
+    )
+    advantage_norm: str = _option(
+        "none",
+        "training",
+        "divides advantages by their spread, of an input or the batch; biased",
+        ("none", "input", "batch"),
+    )
+    router_entropy_coef: float = _option(
+        0.0, "training", "bonus for undecided routers; biased", minimum=0
+    )
+    load_balancing_coef: float = _option(
+        0.0, "training", "pull towards even use of experts; biased", minimum=0
+    )
+    temperature: float = _option(1.0, "training", "of the sampled policy, at the first step")
+    temperature_end: float | None = _option(
+        None, "training", "the same at the last step, linear in between; default: no schedule"
     )
     num_train_epochs: float = _option(1.0, "training", "passes over the training data", minimum=0)
     max_steps: int = _option(-1, "training", "optimizer steps; overrides num_train_epochs")

@@ -1,11 +1,14 @@
-"""An estimate of training memory, from the model's shapes; M selections multiply the activations.
+"""An estimate of training memory, from the model's shapes; selections multiply the activations.
 
     weights       bytes of all parameters
     gradients     trainable parameters x their bytes
     optimizer     trainable parameters x 8 (AdamW's two fp32 moments)
-    activations   rows x (layers x c + 2 h) x bytes an element, rows = M x batch x tokens
-    logits        M x batch x labelled tokens x vocabulary x 12 (log-softmax, and in the backward
+    activations   rows x (layers x c + 2 h) x bytes an element, rows = m x batch x tokens, with m
+                  selections at once: M, or as grad_selections and selection_chunk_size say
+    logits        m x batch x labelled tokens x vocabulary x 12 (log-softmax, and in the backward
                   pass its gradient and that of the logits, in fp32)
+    routers       where selections run in parts: sums of what trains the routers, 4 bytes x batch x
+                  blocks x (2 + selections at once) x router parameters (remix_model/eligibility.py)
     allocator     on a CPU, 3/4 x activations
     process       on a CPU, 430 MiB: Python, torch, transformers and PEFT, before any weights
 
@@ -39,6 +42,7 @@ class MemoryEstimate:
     optimizer: float
     activations: float
     logits: float
+    routers: float
     allocator: float
     process: float
 
@@ -51,7 +55,8 @@ class MemoryEstimate:
 def estimate_memory(
     model: Any,
     *,
-    num_selections: int,
+    selections_at_once: int,
+    router_blocks: int,
     batch_size: int,
     tokens: int,
     labelled_tokens: int,
@@ -64,8 +69,9 @@ def estimate_memory(
 
     Args:
         model: With adapters; its parameters may be on the meta device.
-        num_selections: M.
-        batch_size: Sequences in one pass, before M multiplies them.
+        selections_at_once: Selections whose graph is in memory together.
+        router_blocks: Blocks of positions for which sums are kept; 0 where all run in one part.
+        batch_size: Sequences in one pass, before selections multiply them.
         tokens: Of the longest sequence.
         labelled_tokens: Of the sequence with the most.
         experts_width: Sum over adapted linears of n r + 2 n.
@@ -81,12 +87,13 @@ def estimate_memory(
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     kv_width = kv_heads * (getattr(config, "head_dim", None) or hidden // heads)
     block = 5 * hidden + 2 * kv_width + 4 * feed_forward + experts_width / layers
-    rows = num_selections * batch_size * tokens
-    logits = 12 * num_selections * batch_size * labelled_tokens * config.vocab_size
+    rows = selections_at_once * batch_size * tokens
+    logits = 12 * selections_at_once * batch_size * labelled_tokens * config.vocab_size
     activations = rows * (layers * block + 2 * hidden) * activation_bytes
     if gradient_checkpointing:
         recomputed = rows * block * activation_bytes
         activations = rows * (layers + 2) * hidden * activation_bytes + max(recomputed - logits, 0)
+    routers = sum(router.numel() for router in _routers(model))
     trainable = [p for p in model.parameters() if p.requires_grad]
     return MemoryEstimate(
         weights=sum(p.numel() * p.element_size() for p in model.parameters()),
@@ -94,6 +101,13 @@ def estimate_memory(
         optimizer=8 * sum(p.numel() for p in trainable),
         activations=activations,
         logits=logits,
+        routers=4 * batch_size * router_blocks * (2 + selections_at_once) * routers,
         allocator=0.75 * activations if on_cpu else 0,
         process=430 * 2**20 if on_cpu else 0,
     )
+
+
+def _routers(model: Any) -> list[Any]:
+    from remix_model.site import find_sites
+
+    return [site.router_weight for site in find_sites(model).values()]

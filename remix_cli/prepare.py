@@ -198,9 +198,16 @@ def training_arguments(config: RunConfig) -> ReMixTrainingArguments:
     )
     ours = (
         "num_selections",
+        "grad_selections",
+        "selection_chunk_size",
         "credit",
         "log_prob",
         "logprob_tokens",
+        "advantage_norm",
+        "router_entropy_coef",
+        "load_balancing_coef",
+        "temperature",
+        "temperature_end",
         "router_learning_rate",
         "router_max_grad_norm",
     )

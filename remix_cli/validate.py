@@ -16,6 +16,8 @@ from remix_cli.display import console, print_facts
 from remix_cli.memory import estimate_memory
 from remix_cli.prepare import prepare, quiet_libraries, skeleton
 from remix_cli.run_folder import resolve_config
+from remix_model.eligibility import CAUSAL_BLOCKS
+from remix_model.parts import plan_parts
 from remix_model.site import find_sites
 
 
@@ -54,9 +56,17 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
         ],
     )
 
+    options = train_args.sampling_options()
+    with_graph = options.grad_selections or options.num_selections
+    at_once = min(options.selection_chunk_size or with_graph, with_graph)
+    blocks = 1 if options.credit == "sequence" else CAUSAL_BLOCKS
+    parts_of_step = plan_parts(
+        options.num_selections, with_graph, options.selection_chunk_size, exact=blocks == 1
+    )
     estimate = estimate_memory(
         model,
-        num_selections=config.num_selections,
+        selections_at_once=at_once,
+        router_blocks=blocks if len(parts_of_step) > 1 else 0,
         batch_size=config.per_device_train_batch_size,
         tokens=max(len(row["input_ids"]) for row in rows),
         labelled_tokens=max(sum(label != -100 for label in row["labels"]) for row in rows),
@@ -66,7 +76,7 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
         on_cpu=device == "cpu",
     )
     parts = {**asdict(estimate), "total": estimate.total}
-    title = f"Estimated memory of a step with M = {config.num_selections} (MiB)"
+    title = f"Estimated memory of a step with M = {config.num_selections}, {at_once} at once (MiB)"
     print_facts(title, [(part, round(size / 2**20)) for part, size in parts.items()])
     console.print("the configuration is valid; nothing was changed")
 

@@ -8,23 +8,25 @@ layer's identity returns
 
     d router = grad_scale * sum_t advantage[t] * d log Q_t / d router
 
-while the layer's own gradient goes through unchanged. Nothing is collected on the side during the
+(and, once, what forward-only selections have collected: eligibility.py) while the layer's own
+gradient goes through unchanged. Nothing is collected on the side during the
 forward pass, so both kinds of activation checkpointing, DDP and FSDP see an ordinary parameter
 gradient (ReMix section 3.2, estimator; delivery is ours).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from remix_kernels._routed import no_autocast
-from remix_kernels.ops import selection_log_prob_bwd
 
 if TYPE_CHECKING:
-    from remix_model.routing import RoutingState
+    from remix_model.site import RoutingSite, Selection
+    from remix_model.state import RoutingState
 
 
 def in_backward() -> bool:
@@ -33,7 +35,7 @@ def in_backward() -> bool:
 
 
 class DeliverRouterGradient(torch.autograd.Function):
-    """The identity on y that gives `router` its REINFORCE gradient; zeros when state is None."""
+    """The identity on y that gives `router` its REINFORCE gradient; zeros when not sampled."""
 
     @staticmethod
     def forward(
@@ -42,33 +44,38 @@ class DeliverRouterGradient(torch.autograd.Function):
         x: Tensor,
         router: Tensor,
         logits: Tensor,
-        index: Tensor,
-        temperature: float,
-        state: RoutingState | None,
+        drawn: Tensor,
+        site: RoutingSite,
+        selection: Selection,
     ) -> Tensor:
-        ctx.state, ctx.temperature = state, temperature
-        ctx.save_for_backward(x, router, logits, index)
+        # The tensors go through saved tensors; what is left of the selection are its facts.
+        empty = drawn.new_empty(0)
+        ctx.selection = replace(selection, index=empty, drawn=empty, logits=empty, x=empty)
+        ctx.site = site
+        ctx.save_for_backward(x, router, logits, drawn)
         ctx.mark_dirty(y)  # nothing is written; unlike a view, y may be changed in place by others
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, router, logits, index = ctx.saved_tensors
-        advantages = None if ctx.state is None else ctx.state.row_advantages(x.shape[:-1], x.device)
-        if advantages is None:
-            return dy, None, torch.zeros_like(router), None, None, None, None
-        dx = None
+        x, router, logits, drawn = ctx.saved_tensors
+        selection = replace(ctx.selection, drawn=drawn, logits=logits, x=x)
+        state, dx = selection.state, None
         with no_autocast(dy.device):  # autocast may be on around loss.backward()
-            rows = logits.view(-1, logits.shape[-1])
-            chosen = index.view(-1, index.shape[-1])
-            dlogits = selection_log_prob_bwd(rows, chosen, advantages)
-            if ctx.temperature != 1.0:
-                dlogits.div_(ctx.temperature)
-            drouter = (dlogits.T @ x.reshape(-1, x.shape[-1]).float()).to(router.dtype)
-            if ctx.needs_input_grad[1]:
-                dx = (dlogits @ router.float()).view(x.shape).to(x.dtype)
-        return dy, dx, drouter, None, None, None, None
+            dlogits = None if state is None else state.dlogits(selection)
+            if dlogits is None:
+                drouter = torch.zeros_like(router)
+            else:
+                if selection.temperature != 1.0:
+                    dlogits = dlogits / selection.temperature
+                drouter = dlogits.T @ x.reshape(-1, x.shape[-1]).float()
+                if ctx.needs_input_grad[1]:
+                    dx = (dlogits @ router.float()).view(x.shape).to(x.dtype)
+            collected = None if state is None else state.collected(ctx.site, drouter)
+            if collected is not None:
+                drouter = drouter + collected
+        return dy, dx, drouter.to(router.dtype), None, None, None, None
 
 
 class LossTap(torch.autograd.Function):

@@ -15,6 +15,8 @@ from remix_kernels._routed import Call
 from remix_kernels.torch_gather import gather_row
 from remix_model.site import RoutedModule, RoutingSite
 
+GRANULARITIES = ("token", "sequence")
+
 
 def routing_scaling(lora_alpha: float, top_k: int, r: int, use_rslora: bool) -> float:
     """Omega, that of one LoRA of rank k r: alpha / sqrt(k r) or alpha / (k r) (section 3.1)."""
@@ -110,12 +112,11 @@ def is_plain(base: nn.Module) -> bool:
 class Pool(NamedTuple):
     """One pool of LoRAs with its router and site: what a routed layer runs."""
 
-    site: RoutingSite
+    site: Any  # RoutingSite or FollowingSite
     lora_A: Tensor  # [n, r, in]
     lora_B: Tensor  # [n, out, r]
-    router: Tensor  # [n, in]
+    router: Any  # [n, in]; None where another linear's router chooses
     scaling: float
-    detach_router_input: bool
     backend: str
     strategy: str
 
@@ -130,8 +131,7 @@ class Pool(NamedTuple):
             return gather_row(call)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        routed_x = x.detach() if self.detach_router_input else x
-        selection = self.site.select(routed_x, self.router, training)
+        selection = self.site.select(x, self.router, training)
         y = routed_linear(
             x,
             base.weight,
@@ -144,7 +144,7 @@ class Pool(NamedTuple):
             strategy=self.strategy,
             check=False,
         )
-        return self.site.deliver(y, routed_x, self.router, selection, training)
+        return self.site.deliver(y, self.router, selection, training)
 
     def shape(self, dtype: torch.dtype) -> RoutedShape:
         """What the kernels are compiled for, on x of `dtype`."""
@@ -184,8 +184,7 @@ class Pool(NamedTuple):
 
     def add(self, x: Tensor, base: Tensor, dropout: nn.Module, training: bool) -> Tensor:
         """The chosen adapters of x [..., in], after dropout, added to base [..., out]."""
-        routed_x = x.detach() if self.detach_router_input else x
-        selection = self.site.select(routed_x, self.router, training)
+        selection = self.site.select(x, self.router, training)
         y = routed_lora(
             dropout(x).to(base.dtype),
             self.lora_A,
@@ -197,7 +196,7 @@ class Pool(NamedTuple):
             strategy=self.strategy,
             check=False,
         )
-        return self.site.deliver(y, routed_x, self.router, selection, training)
+        return self.site.deliver(y, self.router, selection, training)
 
 
 class RoutedLoRALinear(nn.Module, RoutedModule):
@@ -222,6 +221,7 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
         router_init_range: float = 0.02,
         router_temperature: float = 1.0,
         router_detach_input: bool = True,
+        routing_granularity: str = "token",
         init_lora_weights: bool = True,
         backend: str = "auto",
         strategy: str = "auto",
@@ -239,12 +239,15 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
             router_init_range: Standard deviation of the router's initial weights.
             router_temperature: Divides the logits.
             router_detach_input: The router's gradient stops at the router.
+            routing_granularity: "token", or "sequence": one decision for each x[b] of x [B, T, in],
+                from the mean of its rows (while sampling, of its prompt's: see
+                `RoutingState.expand`).
             init_lora_weights: B starts at zero; False starts it random, for tests.
             backend: As in `remix_kernels.routed_linear`.
             strategy: As in `remix_kernels.routed_linear`.
 
         Raises:
-            ValueError: A size is out of range.
+            ValueError: A size is out of range, or a name unknown.
             TypeError: base is not a linear.
         """
         super().__init__()
@@ -271,7 +274,18 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
         self.lora_A = nn.Parameter(torch.empty(num_experts, r, base.in_features, **like))
         self.lora_B = nn.Parameter(empty_b(num_experts, base.out_features, r, **like))
         self.router = nn.Parameter(torch.empty(num_experts, base.in_features, **like))
-        self.site = RoutingSite(num_experts, top_k, router_temperature)
+        if routing_granularity not in GRANULARITIES:
+            raise ValueError(
+                f"routing_granularity={routing_granularity!r} is unknown; choose one of "
+                f"{', '.join(GRANULARITIES)}"
+            )
+        self.site = RoutingSite(
+            num_experts,
+            top_k,
+            router_temperature,
+            detached=router_detach_input,
+            per_sequence=routing_granularity == "sequence",
+        )
         init_pool(self.lora_A, self.lora_B, self.router, router_init_range, init_lora_weights)
 
     def active_sites(self) -> dict[str, tuple[RoutingSite, Tensor]]:
@@ -289,7 +303,6 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
             self.lora_B,
             self.router,
             self.scaling,
-            self.router_detach_input,
             self.backend,
             self.strategy,
         )

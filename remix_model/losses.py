@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from remix_model.granularity import given_prompt
 from remix_model.site import RoutedModule, check_decoder
 
 
@@ -40,12 +41,13 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
     inputs.setdefault("use_cache", False)
     targets = labels[:, 1:]
     mask = targets != -100
-    if any(isinstance(module, RoutedModule) for module in _head(model).modules()):
-        # A routed head draws for every position of the folded batch, so it must see them all.
-        logits = model(**inputs).logits[:, :-1][mask].unsqueeze(0)
-    else:
-        with logits_at(model, mask):
-            logits = model(**inputs).logits
+    with given_prompt(model, batch):
+        if any(isinstance(module, RoutedModule) for module in _head(model).modules()):
+            # A routed head draws for every position of the folded batch, so it must see them all.
+            logits = model(**inputs).logits[:, :-1][mask].unsqueeze(0)
+        else:
+            with logits_at(model, mask):
+                logits = model(**inputs).logits
     losses = logits.new_zeros(mask.shape, dtype=torch.float32)
     flat = nn.functional.cross_entropy(logits[0].float(), targets[mask], reduction="none")
     return losses.masked_scatter(mask, flat), mask

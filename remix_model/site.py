@@ -9,6 +9,7 @@ asks its own site `select(x, ...)` for the experts of each row and passes its ou
 from __future__ import annotations
 
 import warnings
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from remix_kernels import RoutedShape, sample_top_k
 from remix_kernels._routed import cast, no_autocast
 from remix_model.delivery import DeliverRouterGradient, in_backward
+from remix_model.granularity import SequencePass, pool, spread_over
 
 if TYPE_CHECKING:
-    from remix_model.routing import RoutingState
+    from remix_model.sharing import SharedSelection
+    from remix_model.state import RoutingState
     from remix_model.stats import SiteRecord
 
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -46,25 +49,50 @@ def mix_seed(seed: int, *streams: int) -> int:
 class Selection:
     """The experts of a layer's rows, and what the router's gradient will need."""
 
-    index: Tensor  # [..., k] int32 or int64
-    logits: Tensor  # [..., n] fp32
+    index: Tensor  # [..., k] int32 or int64, for every row
+    drawn: Tensor  # [..., k] for every decision: the same, or [B, k] where sequences are routed
+    logits: Tensor  # [..., n] fp32 for every decision, divided by the temperature
+    x: Tensor  # [..., in] for every decision
     state: RoutingState | None  # None: not sampled
+    temperature: float
+    per_sequence: bool
 
 
 class RoutingSite:
     """Chooses the experts of one layer's rows: drawn, forced, replayed, or the top k."""
 
-    def __init__(self, num_experts: int, top_k: int, temperature: float = 1.0) -> None:
-        """Args are the pool's size, the experts a row takes, and the policy's temperature."""
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        temperature: float = 1.0,
+        *,
+        detached: bool = True,
+        per_sequence: bool = False,
+    ) -> None:
+        """Describe the pool.
+
+        Args:
+            num_experts: n.
+            top_k: Experts a row takes.
+            temperature: The policy's.
+            detached: Whether the router's gradient stops at the router.
+            per_sequence: One decision for a sequence rather than one for each row.
+        """
         self.num_experts = num_experts
         self.top_k = top_k
         self.temperature = temperature
+        self.detached = detached
+        self.per_sequence = per_sequence
+        self.sequence_pass: SequencePass | None = None
+        self.shared: SharedSelection | None = None  # with the other linears of a block
         self.name = ""
         self.stream = 0
         self.state: RoutingState | None = None  # inside sample_routing
         # What recomputations repeat, by the layer's mode, so that evaluating forgets no training.
         self.last: dict[bool, RoutingState | None] = {}  # whose draw the last pass used
         self.last_forced: dict[bool, Tensor | None] = {}  # what the last unsampled pass had to use
+        self.last_prompt: dict[bool, Tensor | None] = {}  # what it read, where sequences are routed
         self.replaying: RoutingState | None = None  # whose backward pass is running
         self.replayed = False  # whether this layer was recomputed in it
         self.ambiguous = False  # another state's backward pass began before that
@@ -76,22 +104,36 @@ class RoutingSite:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingSite:
         """A copy of the layer starts with no context and no saved selections."""
-        copied = RoutingSite(self.num_experts, self.top_k, self.temperature)
+        copied = self._bare()
         copied.warned = memo.setdefault(-id(self.warned), [False])  # one flag for the copies too
+        copied.sequence_pass = deepcopy(self.sequence_pass, memo)
+        copied.shared = deepcopy(self.shared, memo)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled likewise."""
-        arguments = (self.num_experts, self.top_k, self.temperature)
-        return RoutingSite, arguments, {"warned": self.warned}
+        kept = {name: getattr(self, name) for name in ("warned", "sequence_pass", "shared")}
+        kept |= {"detached": self.detached, "per_sequence": self.per_sequence}
+        return RoutingSite, (self.num_experts, self.top_k, self.temperature), kept
+
+    def _bare(self) -> RoutingSite:
+        return RoutingSite(
+            self.num_experts,
+            self.top_k,
+            self.temperature,
+            detached=self.detached,
+            per_sequence=self.per_sequence,
+        )
 
     def is_idle(self) -> bool:
-        """Whether a pass is the plain top k: nothing draws, forces, records or recomputes."""
+        """Whether a pass is the plain top k: nothing draws, forces, records, shares, recomputes."""
         return (
             self.state is None
             and self.forced is None
             and not self.records
             and self.temperature == 1.0
+            and not self.per_sequence
+            and self.shared is None
             and not in_backward()
         )
 
@@ -120,31 +162,76 @@ class RoutingSite:
                 f"{self.name or 'a routed layer'} got x {list(x.shape)}; it takes [..., "
                 f"{router.shape[1]}]"
             )
+        if self.detached:
+            x = x.detach()
         if self.state is not None and torch.compiler.is_compiling():
-            return self._select_eagerly(x, router, training)
-        return self._select(x, router, training)
+            selection = self._select_eagerly(x, router, training)
+        else:
+            selection = self._select(x, router, training)
+        if self.shared is not None:
+            self.shared.put(selection)
+        return selection
 
     def _select(self, x: Tensor, router: Tensor, training: bool) -> Selection:
         self.router_weight = router
+        if in_backward():
+            return self._recompute(x, router, training)
+        self.replaying = None  # a forward pass outside a backward pass: none is running
+        state = self.last[training] = self.state
+        if self.per_sequence and state is None and self.sequence_pass is not None:
+            decided = self.sequence_pass.decided(self)
+            if decided is not None:
+                return self._decoded(decided, x)
+        prompt = self._prompt(state)
+        self.last_prompt[training] = prompt
+        seen, logits = self._read(x, router, state, prompt)
         with torch.no_grad():
-            logits = self._logits(x, router)
-            if in_backward():
-                return self._recompute(logits, training)
-            self.replaying = None  # a forward pass outside a backward pass: none is running
-            state = self.last[training] = self.state
             if state is None:
-                index = self._choose(logits)
-                self.last_forced[training] = None if self.forced is None else index
+                drawn = self._choose(logits)
+                self.last_forced[training] = None if self.forced is None else drawn
             else:
-                index = self._draw(logits, state)
-                state.selections.setdefault(self.stream, []).append(index)
+                drawn = self._draw(logits, state)
+            selection = self._selection(drawn, logits, seen, x, state)
+            if state is not None:
+                state.note(self, selection)
+            elif self.sequence_pass is not None:
+                self.sequence_pass.note(self, drawn)
             for record in self.records:
-                record.add(logits, index, state)
-        return Selection(index, logits, state)
+                record.add(selection)
+        return selection
 
-    def deliver(
-        self, y: Tensor, x: Tensor, router: Tensor, selection: Selection, training: bool
-    ) -> Tensor:
+    def _prompt(self, state: RoutingState | None) -> Tensor | None:
+        if not self.per_sequence:
+            return None
+        if state is not None:
+            return state.prompt
+        return None if self.sequence_pass is None else self.sequence_pass.prompt
+
+    def _read(
+        self, x: Tensor, router: Tensor, state: RoutingState | None, prompt: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the router reads and its logits, one row for a decision."""
+        seen = pool(x, prompt, self.name) if self.per_sequence else x
+        with torch.no_grad():
+            return seen, self._logits(seen, router, self._temperature(state))
+
+    def _temperature(self, state: RoutingState | None) -> float:
+        return self.temperature if state is None else self.temperature * state.temperature
+
+    def _selection(
+        self, drawn: Tensor, logits: Tensor, seen: Tensor, x: Tensor, state: RoutingState | None
+    ) -> Selection:
+        index = spread_over(drawn, x.shape[:-1]) if self.per_sequence else drawn
+        temperature = self._temperature(state)
+        return Selection(index, drawn, logits, seen, state, temperature, self.per_sequence)
+
+    def _decoded(self, decided: Tensor, x: Tensor) -> Selection:
+        """While decoding: the prefill's decision."""
+        logits = x.new_zeros(decided.shape[0], self.num_experts, dtype=torch.float32)
+        seen = x.new_zeros(decided.shape[0], x.shape[-1])
+        return self._selection(decided, logits, seen, x, None)
+
+    def deliver(self, y: Tensor, router: Tensor, selection: Selection, training: bool) -> Tensor:
         """Pass the layer's output through the identity that will give the router its gradient."""
         if not (router.requires_grad and torch.is_grad_enabled()):
             return y
@@ -154,14 +241,14 @@ class RoutingSite:
             if not self.warned[0]:
                 self.warned[0] = True
                 warnings.warn(UNTRAINED_ROUTER, stacklevel=3)
-        return self._deliver(y, x, router, selection)
+        return self._deliver(y, router, selection)
 
     # A compiler would run DeliverRouterGradient's backward pass once, before there are any
     # advantages, and keep the zeros that it gave.
     @torch.compiler.disable
-    def _deliver(self, y: Tensor, x: Tensor, router: Tensor, selection: Selection) -> Tensor:
+    def _deliver(self, y: Tensor, router: Tensor, selection: Selection) -> Tensor:
         return DeliverRouterGradient.apply(
-            y, x, router, selection.logits, selection.index, self.temperature, selection.state
+            y, selection.x, router, selection.logits, selection.drawn, self, selection
         )
 
     @torch.compiler.disable
@@ -207,39 +294,51 @@ class RoutingSite:
         if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
             raise ValueError(f"the selection for {name} names an expert twice in one row")
 
-    def _logits(self, x: Tensor, router: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, router: Tensor, temperature: float) -> Tensor:
         """z / temperature in fp32, whatever the dtypes and whatever autocast says."""
         with no_autocast(x.device):
             logits = nn.functional.linear(cast(x, torch.float32), cast(router, torch.float32))
-        return logits if self.temperature == 1.0 else logits / self.temperature
+        return logits if temperature == 1.0 else logits / temperature
 
     def _choose(self, logits: Tensor) -> Tensor:
         """Without sampling: the forced experts, else the k largest logits (ReMix eq. 6)."""
         if self.forced is not None:
-            return self._forced(logits)
+            return self._forced(logits, None)
         return self._top_k(logits)
 
     def _top_k(self, logits: Tensor) -> Tensor:
         return logits.topk(self.top_k, dim=-1).indices
 
     def _draw(self, logits: Tensor, state: RoutingState) -> Tensor:
-        """While sampling: the forced experts, else a draw from this module's own stream."""
-        state.positions(logits.shape[:-1])
+        """While sampling: the forced experts, else a draw from this module's own stream.
+
+        A row's counter is its place in the batch folded M times, so the draws do not depend on
+        the parts in which the selections run.
+        """
+        lead = logits.shape[:-1]
+        decisions = 1 if self.per_sequence else state.positions(lead)
         if self.forced is not None:
-            return self._forced(logits)
+            return self._forced(logits, state)
         call = len(state.selections.get(self.stream, ()))
-        index = sample_top_k(logits, self.top_k, seed=mix_seed(state.seed, self.stream, call))
-        if state.sampled is not None:
-            drawn = state.sampled.to(logits.device).view(*logits.shape[:-1], 1)
+        seed = mix_seed(state.seed, self.stream, call)
+        offset = state.first_sequence * decisions
+        index = sample_top_k(logits, self.top_k, seed=seed, offset=offset)
+        if state.sampled is not None and not self.per_sequence:
+            drawn = state.sampled.to(logits.device).view(*lead, 1)
             index = torch.where(drawn, index, self._choose(logits).to(index.dtype))
         return index
 
-    def _forced(self, logits: Tensor) -> Tensor:
+    def _forced(self, logits: Tensor, state: RoutingState | None) -> Tensor:
+        """The forced experts for every decision; of M selections, those of the part that runs."""
         assert self.forced is not None
         shape = (*logits.shape[:-1], self.top_k)
         forced = self.forced.to(device=logits.device, dtype=torch.int32)
+        if self.per_sequence and forced.dim() == 3 and forced.shape[1] == 1:
+            forced = forced.squeeze(1)
         try:
             if forced.dim() == len(shape) and forced.shape[0] not in (1, shape[0]):
+                if state is not None and forced.shape[0] == state.all_sequences:
+                    forced = forced[state.first_sequence :][: shape[0]]
                 forced = forced.repeat(shape[0] // forced.shape[0], *[1] * (forced.dim() - 1))
             return forced.expand(shape).contiguous()
         except RuntimeError:
@@ -248,7 +347,7 @@ class RoutingSite:
                 f"does not broadcast to the layer's rows, {list(shape)}"
             ) from None
 
-    def _recompute(self, logits: Tensor, training: bool) -> Selection:
+    def _recompute(self, x: Tensor, router: Tensor, training: bool) -> Selection:
         """What the forward pass that is being recomputed chose."""
         if self.ambiguous:
             raise RuntimeError(
@@ -260,23 +359,32 @@ class RoutingSite:
         # (the user's own surrogate) is taken to be running. Where the rows are not those of the
         # draw, an unsampled pass is repeated.
         last = self.last.get(training)
-        rows = logits.shape[:-1]
         for state in (self.replaying, last if last is None or last.advantages is None else None):
             drawn = [] if state is None else state.drawn_at(self)
-            saved = [index for index in drawn if index.shape[:-1] == rows]
+            saved = [index for index in drawn if self._is_of(index, x, state)]
             if saved:
                 self.replayed = True
-                return Selection(self._only(saved), logits, state)
+                seen, logits = self._read(x, router, state, self._prompt(state))
+                return self._selection(self._only(saved), logits, seen, x, state)
+        seen, logits = self._read(x, router, None, self.last_prompt.get(training))
         index = self.last_forced.get(training)
         if index is None:
             index = self._top_k(logits)
-        elif index.shape[:-1] != rows:
+        elif index.shape[:-1] != logits.shape[:-1]:
             raise RuntimeError(
                 f"{self.name or 'a routed layer'} is recomputed by activation checkpointing for "
-                f"{list(rows)} rows, and the last forced selection had {list(index.shape[:-1])}: "
-                "call backward on a loss before the next forward pass"
+                f"{list(x.shape[:-1])} rows, and the last forced selection had "
+                f"{list(index.shape[:-1])}: call backward on a loss before the next forward pass"
             )
-        return Selection(index, logits, None)
+        return self._selection(index, logits, seen, x, None)
+
+    def _is_of(self, drawn: Tensor, x: Tensor, state: RoutingState | None) -> bool:
+        """Whether a saved draw is one of x's rows."""
+        if not self.per_sequence:
+            return drawn.shape[:-1] == x.shape[:-1]
+        prompt = self._prompt(state)
+        shape = x.shape[:2] if prompt is None else prompt.shape
+        return drawn.shape[0] == shape[0] and x.shape[:-1].numel() == shape.numel()
 
     def _only(self, saved: list[Tensor]) -> Tensor:
         if len(saved) > 1:
@@ -322,10 +430,31 @@ def find_sites(model: nn.Module) -> dict[str, RoutingSite]:
     return sites
 
 
-def check_decoder(model: nn.Module) -> None:
-    """Raise ValueError for an encoder-decoder: its routed rows are not one sequence's positions."""
+def check_causal(model: nn.Module) -> None:
+    """Raise ValueError for a model in which a position sees later ones, as far as it says so."""
+    config = getattr(_unwrapped(model), "config", None)
+    name = next(
+        (name for name, part in model.named_modules() if getattr(part, "is_causal", True) is False),
+        "use_bidirectional_attention"
+        if getattr(config, "use_bidirectional_attention", None) is True
+        else None,
+    )
+    if name is not None:
+        raise ValueError(
+            f"credit='causal' charges a decision with later losses only, and {name} of "
+            f"{type(model).__name__} attends to later positions too; use credit='sequence'"
+        )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module  # type: ignore[assignment]
+    return model
+
+
+def check_decoder(model: nn.Module) -> None:
+    """Raise ValueError for an encoder-decoder: its routed rows are not one sequence's positions."""
+    model = _unwrapped(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder model; routers are trained in "

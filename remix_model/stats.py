@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from remix_model.site import find_sites
 
 if TYPE_CHECKING:
-    from remix_model.routing import RoutingState
+    from remix_model.site import Selection
 
 
 class SiteRecord:
@@ -36,13 +36,14 @@ class SiteRecord:
         self.recorder = recorder
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, logits: Tensor, index: Tensor, state: RoutingState | None) -> None:
-        """Count one forward pass. logits [..., n] fp32, index [..., k]."""
+    def add(self, selection: Selection) -> None:
+        """Count one forward pass; a sequence that is routed as one counts once."""
+        state, index = selection.state, selection.drawn
         valid = self.recorder.valid if state is None else state.valid
-        rows, chosen = (
-            logits.reshape(-1, self.num_experts),
-            index.reshape(-1, index.shape[-1]).long(),
-        )
+        if selection.per_sequence:
+            valid = None
+        rows = selection.logits.reshape(-1, self.num_experts)
+        chosen = index.reshape(-1, index.shape[-1]).long()
         kept = rows.new_ones(rows.shape[0])
         if valid is not None and valid.shape[0] and rows.shape[0] % valid.shape[0] == 0:
             width = rows.shape[0] // valid.shape[0]

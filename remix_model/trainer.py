@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from remix_model.credit import leave_one_out
+from remix_model.errors import NonFiniteError
 from remix_model.losses import token_losses
-from remix_model.routing import RoutingState, sample_routing
+from remix_model.routing import sample_routing
 from remix_model.site import find_sites, mix_seed
+from remix_model.state import RoutingState
 from remix_model.stats import RoutingRecorder
 from remix_model.training_args import ReMixArguments, ReMixTrainingArguments
 
@@ -18,10 +22,6 @@ if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or gradient stopped being a number; training stopped before the optimizer saw it."""
 
 
 class ReMixTrainerMixin(_Base):
@@ -86,26 +86,23 @@ class ReMixTrainerMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """In training, M selections in one folded pass; in evaluation, the top-k loss."""
+        """In training, M selections in folded passes; in evaluation, the top-k loss."""
         if not model.training:
             return self.evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         args: Any = self.args
-        with sample_routing(
-            self.accelerator.unwrap_model(model),
-            args.remix_num_selections,
-            credit=args.remix_credit,
-            log_prob=args.remix_log_prob,
-            logprob_tokens=args.remix_logprob_tokens,
-            seed=self._selection_seed(),
-        ) as routing:
-            batch = routing.expand(inputs)
-            self._recorder.attach()
-            try:
-                losses, mask = token_losses(model, batch)
-            finally:
-                self._recorder.detach()
-            loss = routing.loss(losses, mask, self._normaliser(mask, num_items_in_batch))
-        self._note(routing, mask)
+        options = args.sampling_options(self.state.global_step / max(self.state.max_steps - 1, 1))
+        scaler = self.accelerator.scaler
+        with sample_routing(model, **asdict(options), seed=self._selection_seed()) as routing:
+            for part in routing.parts(inputs, 1.0 if scaler is None else scaler.get_scale()):
+                self._recorder.attach()
+                try:
+                    losses, mask = token_losses(model, part)
+                finally:
+                    self._recorder.detach()
+                routing.add(losses, mask)
+            tokens = mask[: routing.batch_size]
+            loss = routing.loss(num_items=self._normaliser(tokens, num_items_in_batch))
+        self._note(routing, tokens)
         return (loss, {}) if return_outputs else loss
 
     def evaluation_loss(
@@ -127,14 +124,14 @@ class ReMixTrainerMixin(_Base):
             NonFiniteError: The loss is nan or infinite. The optimizer has not stepped; checkpoints
                 are intact.
         """
-        loss = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):
+        try:
+            return super().training_step(*args, **kwargs)
+        except NonFiniteError as error:
             raise NonFiniteError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}, micro-step "
-                f"{self._micro_step[1]}; nothing was updated. Lower learning_rate or "
-                "max_grad_norm, or look at that batch's data"
-            )
-        return loss
+                f"{error} (step {self.state.global_step + 1}, micro-step {self._micro_step[1]}); "
+                "nothing was updated. Lower learning_rate or max_grad_norm, or look at that "
+                "batch's data"
+            ) from None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The parent's, with the routers in a group of their own: own rate, no weight decay."""
@@ -274,26 +271,29 @@ class ReMixTrainerMixin(_Base):
         return mix_seed(self.args.seed, step, micro, self.accelerator.process_index)
 
     def _normaliser(self, mask: Tensor, num_items: Tensor | int | None) -> Tensor | float:
-        """N: labelled tokens of the un-replicated batch, over accumulation and ranks."""
+        """N: labelled tokens of the un-replicated batch, over accumulation and ranks.
+
+        Args:
+            mask: [B, T], nonzero where a token is labelled.
+            num_items: As the parent counted them, if it did.
+        """
         if num_items is None:
-            own = mask.count_nonzero() / self.args.remix_num_selections  # type: ignore[attr-defined]
-            return own.clamp(min=1) * self.current_gradient_accumulation_steps
+            return mask.count_nonzero().clamp(min=1) * self.current_gradient_accumulation_steps
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return torch.as_tensor(num_items).clamp(min=1) / ranks
 
     def _note(self, routing: RoutingState, mask: Tensor) -> None:
-        """Keep what the next log will average: on the device, no synchronisation."""
-        assert routing.losses is not None and routing.advantages is not None
-        losses, num_selections = routing.losses, routing.num_selections
-        tokens = mask.view(num_selections, -1, mask.shape[1])[0].sum(1).clamp(min=1)
+        """Keep what the next log will average: on the device, no synchronisation. mask [B, T]."""
+        assert routing.losses is not None
+        losses = routing.losses
+        tokens = mask.sum(1).clamp(min=1)
         share = tokens / tokens.sum()
         per_token = losses / share * max(self.current_gradient_accumulation_steps, 1)
         spread = per_token.std(0, correction=0).mean()
-        sequence_advantages = routing.advantages.sum(-1)
         self._window.append(
             {
                 "remix/loss_spread": spread,
-                "remix/advantage_std": sequence_advantages.std(correction=0),
+                "remix/advantage_std": leave_one_out(losses).std(correction=0),
             }
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from remix_model.routing import check_sampling
+from remix_model.options import SamplingOptions
 
 
 @dataclass
@@ -16,27 +16,36 @@ class ReMixArguments:
     Args:
         remix_num_selections: M, the selections sampled for each input; at least 2 to train the
             routers.
-        remix_grad_selections: Forward-only selections; not available in this version, leave None.
-        remix_selection_chunk_size: Chunked selections; not available in this version, leave None.
+        remix_grad_selections: G of them keep a graph for the backward pass; the others run without
+            and still train the routers. None: all.
+        remix_selection_chunk_size: Selections in memory at once. None: as many as keep a graph.
         remix_credit: As in `sample_routing`.
         remix_log_prob: As in `sample_routing`.
         remix_logprob_tokens: As in `sample_routing`.
         remix_router_learning_rate: None: the same as learning_rate.
         remix_router_max_grad_norm: Clips the routers' gradient by itself; None: max_grad_norm, 0:
             no clipping.
-        remix_advantage_norm: "none"; other normalisations are not available in this version.
-        remix_router_entropy_coef: 0.0; an entropy bonus is not available in this version.
+        remix_advantage_norm: As advantage_norm in `sample_routing`. Biased unless "none".
+        remix_router_entropy_coef: As in `sample_routing`. Biased unless 0.
+        remix_load_balancing_coef: As in `sample_routing`. Biased unless 0.
+        remix_temperature: Of the sampled policy at the first step, see `sample_routing`.
+        remix_temperature_end: The same at the last step, and linear in between. None:
+            remix_temperature throughout.
     """
 
     remix_num_selections: int = field(default=4, metadata={"help": "Selections sampled per input."})
     remix_grad_selections: int | None = field(
-        default=None, metadata={"help": "Not available in this version."}
+        default=None, metadata={"help": "Selections with a backward pass; default: all."}
     )
     remix_selection_chunk_size: int | None = field(
-        default=None, metadata={"help": "Not available in this version."}
+        default=None, metadata={"help": "Selections in memory at once."}
     )
-    remix_credit: str = field(default="sequence", metadata={"help": "Credit of a selection."})
-    remix_log_prob: str = field(default="ordered", metadata={"help": "Probability of a selection."})
+    remix_credit: str = field(
+        default="sequence", metadata={"help": "Credit of a selection: sequence or causal."}
+    )
+    remix_log_prob: str = field(
+        default="ordered", metadata={"help": "Probability of a selection: ordered or unordered."}
+    )
     remix_logprob_tokens: str = field(
         default="all", metadata={"help": "Positions that draw: all or response."}
     )
@@ -47,31 +56,44 @@ class ReMixArguments:
         default=None, metadata={"help": "Clips the routers' gradient; default: max_grad_norm."}
     )
     remix_advantage_norm: str = field(
-        default="none", metadata={"help": "Only none in this version."}
+        default="none", metadata={"help": "What advantages are divided by: none, input, batch."}
     )
     remix_router_entropy_coef: float = field(
-        default=0.0, metadata={"help": "Only 0 in this version."}
+        default=0.0, metadata={"help": "Entropy bonus of the routers; biased unless 0."}
+    )
+    remix_load_balancing_coef: float = field(
+        default=0.0, metadata={"help": "Load balancing of the routers; biased unless 0."}
+    )
+    remix_temperature: float = field(
+        default=1.0, metadata={"help": "Of the sampled policy, at the first step."}
+    )
+    remix_temperature_end: float | None = field(
+        default=None, metadata={"help": "The same at the last step; default: no schedule."}
     )
 
-    def check_remix(self) -> None:
-        """Raise ValueError for a value that is out of range, unknown or not available."""
-        check_sampling(
-            self.remix_num_selections,
-            self.remix_credit,
-            self.remix_log_prob,
-            self.remix_logprob_tokens,
-            prefix="remix_",
+    def sampling_options(self, progress: float = 0.0) -> SamplingOptions:
+        """What `sample_routing` is given; `progress` is the share of the steps that are done."""
+        start, end = self.remix_temperature, self.remix_temperature_end
+        temperature = start if end is None else start + (end - start) * min(max(progress, 0.0), 1.0)
+        return SamplingOptions(
+            num_selections=self.remix_num_selections,
+            credit=self.remix_credit,
+            log_prob=self.remix_log_prob,
+            logprob_tokens=self.remix_logprob_tokens,
+            grad_selections=self.remix_grad_selections,
+            selection_chunk_size=self.remix_selection_chunk_size,
+            advantage_norm=self.remix_advantage_norm,
+            router_entropy_coef=self.remix_router_entropy_coef,
+            load_balancing_coef=self.remix_load_balancing_coef,
+            temperature=temperature,
         )
-        for name, known in (
-            ("remix_advantage_norm", ("none",)),
-            ("remix_router_entropy_coef", (0.0,)),
-            ("remix_grad_selections", (None, self.remix_num_selections)),
-            ("remix_selection_chunk_size", (None, self.remix_num_selections)),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                choices = ", ".join(str(choice) for choice in known)
-                raise ValueError(f"{name}={value!r} is not available; choose one of {choices}")
+
+    def check_remix(self) -> None:
+        """Raise ValueError for a value that is out of range or unknown."""
+        self.sampling_options().check("remix_")
+        end = self.remix_temperature_end
+        if end is not None and not (isinstance(end, (int, float)) and 0 < end < float("inf")):
+            raise ValueError(f"remix_temperature_end={end!r}; it must be a positive number or None")
         for name in ("remix_router_learning_rate", "remix_router_max_grad_norm"):
             value = getattr(self, name)
             if value is not None and value < 0:

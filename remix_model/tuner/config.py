@@ -9,12 +9,11 @@ from typing import Any
 from peft.config import PeftConfig
 
 from remix_kernels import BACKENDS, STRATEGIES
-from remix_model.layer import check_pool
+from remix_model.layer import GRANULARITIES, check_pool
 
 PEFT_TYPE = "REMIX"
 ROUTER_TYPES = ("remix",)
-GRANULARITIES = ("token",)
-SHARINGS = ("module",)
+SHARINGS = ("module", "block")
 BIASES = ("none", "all", "remix_only")
 
 
@@ -60,8 +59,10 @@ class ReMixConfig(PeftConfig):
         trainable_token_indices: Token embeddings to train, as in PEFT's LoRA.
         bias: "none", "all" or "remix_only": which biases are trained.
         init_lora_weights: True starts B at zero; False starts it random, for tests.
-        routing_granularity: "token".
-        router_sharing: "module": one router a linear.
+        routing_granularity: "token", or "sequence": experts are chosen once for a sequence, from
+            the mean of its prompt's hidden states, and kept while decoding.
+        router_sharing: "module": one router a linear. "block": one for the linears of a block (of
+            one parent module), which reads the first one's input.
         router_type: "remix".
         router_kwargs: Options of the router type; "remix" has none.
         router_init_range: Standard deviation of the router's initial weights.
@@ -101,8 +102,12 @@ class ReMixConfig(PeftConfig):
     )
     bias: str = field(default="none", metadata={"help": "Biases to train: none, all, remix_only."})
     init_lora_weights: bool = field(default=True, metadata={"help": "Start B at zero."})
-    routing_granularity: str = field(default="token", metadata={"help": "Routed per token."})
-    router_sharing: str = field(default="module", metadata={"help": "One router a linear."})
+    routing_granularity: str = field(
+        default="token", metadata={"help": "Routed per token or sequence."}
+    )
+    router_sharing: str = field(
+        default="module", metadata={"help": "One router a linear, or a block."}
+    )
     router_type: str = field(default="remix", metadata={"help": "How experts are chosen."})
     router_kwargs: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Options of the router type."}

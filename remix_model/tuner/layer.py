@@ -17,7 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from remix_kernels import RoutedShape
+from remix_model.granularity import SequencePass
 from remix_model.layer import Pool, empty_b, init_pool, is_plain, routing_scaling
+from remix_model.sharing import FollowingSite, SharedSelection
 from remix_model.site import RoutedModule, RoutingSite
 from remix_model.tuner.config import ReMixConfig, ReMixRuntimeConfig
 
@@ -51,8 +53,8 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         self.num_experts: dict[str, int] = {}
         self.top_k: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.sites: dict[str, RoutingSite] = {}
-        self.detach_router_input: dict[str, bool] = {}
+        self.sites: dict[str, RoutingSite | FollowingSite] = {}
+        self.sequence_pass: SequencePass | None = None
         self.runtime: dict[str, ReMixRuntimeConfig] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -67,10 +69,15 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         self.scaling[adapter_name] = routing_scaling(
             config.lora_alpha, config.top_k, r, config.use_rslora
         )
-        self.detach_router_input[adapter_name] = config.router_detach_input
         self.runtime[adapter_name] = config.runtime_config  # type: ignore[assignment]
         self.remix_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
-        self.sites[adapter_name] = RoutingSite(n, config.top_k, config.router_temperature)
+        self.sites[adapter_name] = RoutingSite(
+            n,
+            config.top_k,
+            config.router_temperature,
+            detached=config.router_detach_input,
+            per_sequence=config.routing_granularity == "sequence",
+        )
         self.remix_lora_A[adapter_name] = nn.Parameter(torch.empty(n, r, self.in_features))
         self.remix_lora_B[adapter_name] = nn.Parameter(empty_b(n, self.out_features, r))
         self.remix_router[adapter_name] = nn.Parameter(torch.empty(n, self.in_features))
@@ -85,17 +92,33 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def active_sites(self) -> dict[str, tuple[RoutingSite, Tensor]]:
-        """Site and router of every active adapter."""
+        """Site and router of every active adapter that has a router here."""
         return {
-            name: (self.sites[name], self.remix_router[name])
+            name: (site, self.remix_router[name])
             for name in self.active_adapters
-            if name in self.sites
+            if isinstance(site := self.sites.get(name), RoutingSite)
         }
+
+    def follow(self, adapter_name: str, name: str, leader: ReMixLayer, leader_name: str) -> None:
+        """Have `leader`, of the same block, choose this layer's experts too: without a router.
+
+        Args:
+            adapter_name: Of which adapter.
+            name: This layer's.
+            leader: The block's first layer.
+            leader_name: Its name.
+        """
+        site = leader.sites[adapter_name]
+        assert isinstance(site, RoutingSite)
+        if site.shared is None:
+            site.shared = SharedSelection(leader_name)
+        self.sites[adapter_name] = FollowingSite(site.top_k, name, site.shared)
+        del self.remix_router[adapter_name]
 
     def routed_shapes(self) -> list[RoutedShape]:
         """Of every active adapter; x in the frozen weight's dtype, a quantised one's in ours."""
         weight: Any = self.get_base_layer().weight
-        names = self.active_sites()
+        names = [name for name in self.active_adapters if name in self.sites]
         return [
             pool.shape(weight.dtype if weight.is_floating_point() else pool.lora_A.dtype)
             for pool in map(self._pool, names)
@@ -153,9 +176,8 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
             self.sites[name],
             modules["remix_lora_A"]._parameters[name],
             modules["remix_lora_B"]._parameters[name],
-            modules["remix_router"]._parameters[name],
+            modules["remix_router"]._parameters.get(name),
             self.scaling[name],
-            self.detach_router_input[name],
             self.runtime[name].backend,
             self.runtime[name].strategy,
         )

@@ -12,6 +12,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, NoMatchingPeftModuleError
 from torch import nn
 
+from remix_model.granularity import SequencePass
+from remix_model.site import RoutingSite
 from remix_model.tuner.config import ReMixConfig
 from remix_model.tuner.layer import CANNOT_MERGE, MIXED_BATCH, ReMixLayer, linear_features
 
@@ -114,12 +116,30 @@ class ReMixModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        """Share one flag, so that the warning about untrained routers comes once a model."""
+        """Let the layers share what belongs to a model, or to a block of it.
+
+        That is the flag by which the warning about untrained routers comes once, what a pass tells
+        layers that route by sequence, and a block's router.
+        """
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, ReMixLayer) and adapter_name in module.sites
+        }
+        if config.router_sharing == "block":
+            _share_routers(layers, adapter_name)
         warned = [False]
-        for module in model.modules():
-            if isinstance(module, ReMixLayer):
-                for site in module.sites.values():
+        known = [layer.sequence_pass for layer in layers.values()]
+        sequence_pass = next((one for one in known if one is not None), None)
+        if sequence_pass is None and config.routing_granularity == "sequence":
+            sequence_pass = SequencePass()
+            sequence_pass.watch(model)
+        for layer in layers.values():
+            layer.sequence_pass = sequence_pass
+            for site in layer.sites.values():
+                if isinstance(site, RoutingSite):
                     site.warned = warned
+                    site.sequence_pass = sequence_pass if site.per_sequence else None
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -143,10 +163,11 @@ class ReMixModel(BaseTuner):
         for module in self.model.modules():
             if not isinstance(module, ReMixLayer):
                 continue
-            for name in module.active_sites():
+            for name in (name for name in module.active_adapters if name in module.sites):
                 pool = module.remix_lora_A[name].numel() + module.remix_lora_B[name].numel()
                 total += pool // module.num_experts[name] * module.top_k[name]
-                total += module.remix_router[name].numel()
+                if name in module.remix_router:
+                    total += module.remix_router[name].numel()
         return total
 
     @classmethod
@@ -162,6 +183,15 @@ class ReMixModel(BaseTuner):
         )
         _check_loaded(model, config, remapped, cls.prefix, adapter_name)
         return remapped
+
+
+def _share_routers(layers: dict[str, ReMixLayer], adapter_name: str) -> None:
+    """The first layer of every parent module keeps its router; the others follow it."""
+    leaders: dict[str, str] = {}
+    for name, layer in layers.items():
+        leader = leaders.setdefault(name.rpartition(".")[0], name)
+        if leader != name and isinstance(layer.sites[adapter_name], RoutingSite):
+            layer.follow(adapter_name, name, layers[leader], leader)
 
 
 def _linear_names(model: nn.Module) -> list[str]:

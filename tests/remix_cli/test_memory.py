@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from remix_cli.memory import estimate_memory
 from remix_model import ReMixConfig, sample_routing, token_losses
+from remix_model.eligibility import CAUSAL_BLOCKS
 
 NUM_SELECTIONS, BATCH, TOKENS, LABELLED = 2, 4, 128, 64
 NUM_EXPERTS, R = 8, 8
@@ -31,22 +32,24 @@ def adapted_llama(dtype: torch.dtype, **shape: int) -> Any:
     return get_peft_model(model, adapter).train()
 
 
-def step(model: Any) -> None:
+def step(model: Any, **options: Any) -> None:
     input_ids = torch.randint(0, model.config.vocab_size, (BATCH, TOKENS))
     labels = input_ids.masked_fill(torch.arange(TOKENS) < TOKENS - LABELLED, -100)
-    with sample_routing(model, NUM_SELECTIONS, seed=0) as routing:
-        batch = routing.expand({"input_ids": input_ids, "labels": labels})
-        losses, mask = token_losses(model, batch)
-        loss = routing.loss(losses, mask, float(BATCH * LABELLED))
+    options = {"num_selections": NUM_SELECTIONS, **options}
+    with sample_routing(model, seed=0, **options) as routing:
+        for part in routing.parts({"input_ids": input_ids, "labels": labels}):
+            losses, mask = token_losses(model, part)
+            routing.add(losses, mask)
+        loss = routing.loss(num_items=float(BATCH * LABELLED))
     loss.backward()
 
 
-def allocated_at_most(model: Any) -> int:
+def allocated_at_most(model: Any, **options: Any) -> int:
     """Bytes of tensors that a step adds, at its peak."""
-    step(model)
+    step(model, **options)
     model.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(model)
+        step(model, **options)
     events = profiler.profiler.kineto_results.events()
     events = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
     now = peak = 0
@@ -75,7 +78,8 @@ def test_estimate_is_near_what_torch_allocates(
         model.gradient_checkpointing_enable()
     estimate = estimate_memory(
         model,
-        num_selections=NUM_SELECTIONS,
+        selections_at_once=NUM_SELECTIONS,
+        router_blocks=0,
         batch_size=BATCH,
         tokens=TOKENS,
         labelled_tokens=LABELLED,
@@ -86,6 +90,36 @@ def test_estimate_is_near_what_torch_allocates(
     )
     tensors = estimate.activations + estimate.logits + estimate.gradients
     assert allocated_at_most(model) == pytest.approx(tensors, rel=0.25)
+    assert estimate.routers == 0
     assert estimate.total == tensors + sum(
         (estimate.weights, estimate.optimizer, estimate.allocator, estimate.process)
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        ({"num_selections": 6, "grad_selections": 2}, 1),
+        ({"num_selections": 4, "selection_chunk_size": 2}, 1),
+        ({"num_selections": 6, "grad_selections": 2, "credit": "causal"}, CAUSAL_BLOCKS),
+    ],
+    ids=["G2-of-6", "chunks-of-2", "G2-of-6-causal"],
+)
+def test_estimate_in_parts(options: dict[str, Any], blocks: int) -> None:
+    """Selections that are not in memory together do not count, what trains the routers does."""
+    model = adapted_llama(torch.float32, num_hidden_layers=6, vocab_size=512)
+    estimate = estimate_memory(
+        model,
+        selections_at_once=2,
+        router_blocks=blocks,
+        batch_size=BATCH,
+        tokens=TOKENS,
+        labelled_tokens=LABELLED,
+        experts_width=3 * 6 * NUM_EXPERTS * (R + 2),
+        gradient_checkpointing=False,
+        activation_bytes=4,
+        on_cpu=True,
+    )
+    tensors = estimate.activations + estimate.logits + estimate.gradients + estimate.routers
+    assert allocated_at_most(model, **options) == pytest.approx(tensors, rel=0.25)

@@ -153,14 +153,26 @@ def test_delivery_copies_no_gradient(plain):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("off", {}),
+        ("off", {"grad_selections": 1}),
+        ("reentrant", {"selection_chunk_size": 1}),
+        ("non-reentrant", {"grad_selections": 2, "selection_chunk_size": 1, "credit": "causal"}),
+    ],
+    ids=["whole", "G1", "C1-reentrant", "G2-C1-causal-checkpointed"],
+)
 def test_ddp_equals_one_process(
-    make_remix, make_batch, sampled_loss, take_grads, random_selections, assert_same, tmp_path
-):
-    model, batch = make_remix().train(), make_batch((10, 7, 9, 8))
+    kind, options, make_remix, make_batch, take_grads, random_selections, assert_same,
+    tmp_path,
+):  # fmt: skip
+    model, batch = make_remix(), make_batch((10, 7, 9, 8))
     index = random_selections(model, (3, 4, 10))  # [M, B, T, k]
-    torch.save((model, batch, index), tmp_path / "inputs.pt")
+    torch.save((model, batch, index, kind, options), tmp_path / "inputs.pt")
+    _checkpointed(model, kind)
     with force_selection(model, {n: i.flatten(0, 1) for n, i in index.items()}):
-        loss, _ = sampled_loss(model, batch)
+        loss = _in_parts(model, batch, None, **options)
     loss.backward()
     want = take_grads(model)
     run_on_two_ranks(_ddp_rank, str(tmp_path))
@@ -170,16 +182,38 @@ def test_ddp_equals_one_process(
 
 def _ddp_rank(rank, folder):
     """One of two processes: half the batch, gradients averaged by DDP."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
     torch.distributed.init_process_group("gloo")
-    model, batch, index = torch.load(f"{folder}/inputs.pt", weights_only=False)
+    model, batch, index, kind, options = torch.load(f"{folder}/inputs.pt", weights_only=False)
+    _checkpointed(model, kind)
     count = (batch["labels"][:, 1:] != -100).sum()
     half = slice(2 * rank, 2 * rank + 2)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    with sample_routing(model, num_selections=3, seed=0) as routing:
-        folded = routing.expand({k: v[half] for k, v in batch.items()})
-        with force_selection(model, {n: i[:, half].flatten(0, 1) for n, i in index.items()}):
-            losses, mask = token_losses(wrapped, folded)
-        loss = routing.loss(losses, mask, num_items=count / 2)  # DDP averages over two ranks
+    wrapped, reduced = nn.parallel.DistributedDataParallel(model), []
+
+    def reduce(state, bucket):
+        reduced.append(bucket.index())
+        return allreduce_hook(state, bucket)
+
+    wrapped.register_comm_hook(None, reduce)
+    half_batch = {k: v[half] for k, v in batch.items()}
+    with force_selection(model, {n: i[:, half].flatten(0, 1) for n, i in index.items()}):
+        loss = _in_parts(wrapped, half_batch, count / 2, **options)  # DDP averages over two ranks
     loss.backward()
+    assert reduced == [0], "gradients are reduced once, with the last part"
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     torch.save(grads, f"{folder}/{rank}.pt")
+
+
+def _checkpointed(model, kind):
+    model.train()
+    if kind != "off":
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+
+
+def _in_parts(model, batch, num_items, **options):
+    with sample_routing(model, num_selections=3, seed=0, **options) as routing:
+        for part in routing.parts(batch):
+            routing.add(*token_losses(model, part))
+        return routing.loss(num_items=num_items)

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from remix_model import RoutedLoRALinear
-from remix_model.trainer import NonFiniteError
+from remix_model.errors import NonFiniteError
 from tests.remix_model.trainer_helpers import Snapshot, logged, norm_of, parameters
 
 # Optimizer and clipping -----------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite(accumulation, make_trainer, make_llama, make_
         gradient_accumulation_steps=accumulation,
         learning_rate=1e-2,
     )
-    with pytest.raises(NonFiniteError, match=r"the loss is nan at step 3, micro-step 0"):
+    with pytest.raises(NonFiniteError, match=r"is nan.*step 3, micro-step 0"):
         trainer.train()
     assert set(snapshot.after) == {1, 2}
     for name, parameter in parameters(trainer.model).items():

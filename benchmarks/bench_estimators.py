@@ -1,0 +1,115 @@
+"""The routers' estimators: variance, cost, the shared prefix, and learning curves.
+
+variance   of the routers' gradient over M, by credit, log-probability and forward-only
+           selections, on stories260k and SmolLM2-135M with partly trained adapters
+steps      time and peak memory of a SmolLM2 step over M and G, same tokens
+prefix     time and memory with the blocks below the first adapted one run once
+planted    steps until a router alone has found the right experts, known by construction
+
+python -m benchmarks.bench_estimators [--parts variance steps prefix planted] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+
+from benchmarks.common import prepare_cpu, write_rows
+from benchmarks.estimators import cost, planted, variance
+from benchmarks.estimators.models import SMOLLM2, partly_trained, stories260k_folder
+
+PLANTED = {
+    "sequence-ordered": {},
+    "sequence-unordered": {"log_prob": "unordered"},
+    "causal-ordered": {"credit": "causal"},
+    "causal-unordered": {"credit": "causal", "log_prob": "unordered"},
+    "causal-unordered-G1": {"credit": "causal", "log_prob": "unordered", "grad_selections": 1},
+}
+
+
+def show(rows: list[dict[str, object]]) -> None:
+    """Print rows as a table."""
+    keys = list(rows[0])
+    widths = [max(len(k), *(len(str(row[k])) for row in rows)) for k in keys]
+    for row in [dict(zip(keys, keys, strict=True)), *rows]:
+        print("  ".join(str(row[k]).rjust(w) for k, w in zip(keys, widths, strict=True)))
+
+
+def measure_variance(groups: int) -> list[dict[str, object]]:
+    """Both models; stories260k only where it is."""
+    rows: list[dict[str, object]] = []
+    names = [SMOLLM2] if stories260k_folder() is None else ["stories260k", SMOLLM2]
+    for name in names:
+        model, batch = partly_trained(name)
+        size, length = batch["input_ids"].shape
+        error = variance.check(model, batch)
+        print(f"{name}: gradients agree with delivered ones to {error:.1e}", flush=True)
+        chunk = 32 if name == "stories260k" else 8
+        for row in variance.variances(
+            model,
+            batch,
+            groups * (8 if name == "stories260k" else 1),
+            chunk,
+            lambda done: print(f"\r  {done} groups", end="", flush=True),
+        ):
+            rows.append({"model": name, "batch": f"{size}x{length}", **row})
+        print()
+    return rows
+
+
+def measure_planted(seeds: int, most: int, rates: list[float]) -> list[dict[str, object]]:
+    """Median over seeds of the steps; `most` where a run did not get there."""
+    rows: list[dict[str, object]] = []
+    for m, rate, (name, options) in itertools.product((2, 4, 8), rates, PLANTED.items()):
+        found = [planted.steps_until_right(seed, m, most, rate, **options) for seed in range(seeds)]
+        steps = [most if step is None else step for step, _ in found]
+        rows.append(
+            {
+                "estimator": name,
+                "M": m,
+                "learning_rate": rate,
+                "seeds": seeds,
+                "reached": sum(step is not None for step, _ in found),
+                "median_steps": statistics.median(steps),
+                "least": min(steps),
+                "most": max(steps),
+                "share_right": f"{statistics.mean(share for _, share in found):.3f}",
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure, print, append the rows."""
+    parts = ["variance", "steps", "prefix", "planted"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--groups", type=int, default=16, help="of 32 selections, for variance")
+    parser.add_argument("--seeds", type=int, default=5, help="for planted")
+    parser.add_argument("--most", type=int, default=2000, help="steps of planted")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[0.001, 0.003, 0.01, 0.03], help="of planted"
+    )
+    parser.add_argument("--no-save", action="store_true")
+    args = parser.parse_args()
+    prepare_cpu()
+    for part in args.parts:
+        print(f"\n== {part}", flush=True)
+        if part == "variance":
+            rows = measure_variance(args.groups)
+        elif part == "steps":
+            rows = cost.steps(args.rounds)
+        elif part == "prefix":
+            rows = cost.prefixes(args.rounds)
+        else:
+            rows = measure_planted(args.seeds, args.most, args.rates)
+        show(rows)
+        if not args.no_save:
+            print(f"written to {write_rows(f'estimators_{part}', rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the routers' estimators cost and buy: one file for each part of `bench_estimators`."""

@@ -1,0 +1,99 @@
+"""One router for all linears of a block: the first chooses, the others follow.
+
+`router_sharing="block"`: the first linear of a feed-forward block (in the model's order) has the
+router and a `RoutingSite`; the others have a `FollowingSite`, which takes the selection that the
+first has just made. Its log-probability is counted once, where it was drawn.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from remix_model.site import Selection
+
+
+class SharedSelection:
+    """What passes from the first linear of a block to the others, once in every pass."""
+
+    def __init__(self, leader: str) -> None:
+        """`leader` is the first linear's name, for errors."""
+        self.leader = leader
+        self.followers: list[str] = []
+        self._selection: Selection | None = None
+        self._waiting: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SharedSelection:
+        """One for the copied block, with nothing in it."""
+        copied = SharedSelection(self.leader)
+        copied.followers = list(self.followers)
+        memo[id(self)] = copied
+        return copied
+
+    def __getstate__(self) -> dict[str, object]:
+        """Pickled likewise."""
+        return {**self.__dict__, "_selection": None, "_waiting": set()}
+
+    def put(self, selection: Selection) -> None:
+        """The first linear has chosen."""
+        self._selection = selection if self.followers else None
+        self._waiting = set(self.followers)
+
+    def take(self, name: str, rows: tuple[int, ...]) -> Selection:
+        """What it chose, for one of the others; the last to take it lets go of it.
+
+        Raises:
+            RuntimeError: It has not run in this pass.
+            ValueError: It had other rows.
+        """
+        if self._selection is None or name not in self._waiting:
+            raise RuntimeError(
+                f"{name} follows the router of {self.leader}, which has not run before it in this "
+                "pass: use router_sharing='module', or target linears that run in the model's order"
+            )
+        selection = self._selection
+        if tuple(selection.index.shape[:-1]) != rows:
+            raise ValueError(
+                f"{name} got {list(rows)} rows and follows the router of {self.leader}, which had "
+                f"{list(selection.index.shape[:-1])}: use router_sharing='module'"
+            )
+        self._waiting.discard(name)
+        if not self._waiting:
+            self._selection = None
+        return selection
+
+
+class FollowingSite:
+    """Stands where a linear has no router of its own."""
+
+    def __init__(self, top_k: int, name: str, shared: SharedSelection) -> None:
+        """Args are the experts a row takes, the linear's name, and what it follows."""
+        self.top_k = top_k
+        self.name = name
+        self.shared = shared
+        shared.followers.append(name)
+
+    def is_idle(self) -> bool:
+        """Never: it has to be told."""
+        return False
+
+    def select(self, x: Tensor, router: Tensor | None, training: bool) -> Selection:
+        """The experts that the block's first linear chose for the same rows."""
+        return self.shared.take(self.name, tuple(x.shape[:-1]))
+
+    def deliver(
+        self, y: Tensor, router: Tensor | None, selection: Selection, training: bool
+    ) -> Tensor:
+        """The router's gradient is delivered where it is drawn."""
+        return y
+
+    def __deepcopy__(self, memo: dict[int, object]) -> FollowingSite:
+        """Follows the copied block's first linear."""
+        from copy import deepcopy
+
+        copied = object.__new__(FollowingSite)
+        copied.top_k, copied.name = self.top_k, self.name
+        copied.shared = deepcopy(self.shared, memo)
+        return copied

@@ -1,0 +1,523 @@
+"""`RoutingState`: one sampled pass, from the batch to the routers' gradient.
+
+It repeats the batch, owns the seed and the drawn selections, turns losses into advantages, and
+stays with the model after the context has closed, for the backward pass, until the next context
+opens. `parts` cuts the M selections where memory wants it; `add` takes a part's losses; `loss`
+closes the account.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remix_kernels.ops import selection_log_prob_bwd
+from remix_model.batch import (
+    batch_size_of,
+    fold,
+    predicting_positions,
+    prompt_positions,
+    real_positions,
+)
+from remix_model.credit import CREDITS, advantage_scale
+from remix_model.delivery import LossTap
+from remix_model.eligibility import CAUSAL_BLOCKS, Eligibility
+from remix_model.errors import NonFiniteError
+from remix_model.held import HeldGradients
+from remix_model.options import SamplingOptions
+from remix_model.parts import Part, plan_parts
+from remix_model.regularize import regularizer_grad
+from remix_model.site import RoutingSite, Selection
+
+
+class RoutingState:
+    """M selections of a batch of B sequences. Made by `sample_routing`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Mapping[str, RoutingSite],
+        options: SamplingOptions,
+        seed: int,
+    ) -> None:
+        """Start with nothing drawn; see `sample_routing` for the arguments."""
+        self.options = options
+        self.num_selections = options.num_selections
+        self.grad_selections = options.grad_selections or options.num_selections
+        self.unordered = options.log_prob == "unordered"
+        self.temperature = options.temperature
+        self.seed = seed
+        self.sites = list(sites.values())
+        self.streams = {id(site): stream for stream, site in enumerate(self.sites)}
+        self.batch_size: int | None = None
+        # [c B, T] bool: real tokens, positions that draw, prompts of the part that runs; None: all.
+        self.valid: Tensor | None = None
+        self.sampled: Tensor | None = None
+        self.prompt: Tensor | None = None
+        self.selections: dict[int, list[Tensor]] = {}  # by stream, of the part that runs
+        self.losses: Tensor | None = None  # [M, B], divided by N, for logging
+        self.advantages: Tensor | None = None  # [c B, T or 1], of the part that has a graph
+        self.part: Part | None = None
+        self._awaiting = False  # a part was entered, and its losses are not known
+        self._model = model
+        exact = options.credit == "sequence" and all(site.detached for site in self.sites)
+        self._plan = plan_parts(
+            self.num_selections, self.grad_selections, options.selection_chunk_size, exact=exact
+        )
+        blocks = 1 if options.credit == "sequence" else CAUSAL_BLOCKS
+        self._blocks = blocks
+        self._eligibility: Eligibility | None = None
+        self._held: HeldGradients | None = None
+        self._token_losses: dict[int, Tensor] = {}  # [B, W] by selection, divided by _unit
+        self._unit: Tensor | float | None = None  # labels of the un-replicated batch
+        self._labels: Tensor | int = 0  # the same, where it may be none
+        self._graph: Tensor | None = None  # what the last part's backward pass goes through
+        self._baseline: Tensor | None = None  # mean_m R - R_ref, [B, W]
+        self._advantage_scale: Tensor | float = 1.0
+        self._num_items_scale: Tensor | float = 1.0
+        self._grad_scale: Tensor | float = 1.0
+        self._delivering = False
+        self._delivered: set[int] = set()
+        self._finite: dict[str, Tensor] = {}
+        self._grad_mode: bool | None = None
+
+    # The batch --------------------------------------------------------------------------------
+
+    @property
+    def pass_selections(self) -> int:
+        """c, the selections folded into the pass that runs."""
+        return self.num_selections if self.part is None else self.part.count
+
+    @property
+    def folded_batch_size(self) -> int:
+        """c * B, the sequences of the folded batch."""
+        if self.batch_size is None:
+            raise RuntimeError(
+                "the batch size is not known yet: call routing.expand(batch) and run the model on "
+                "what it returns"
+            )
+        return self.pass_selections * self.batch_size
+
+    @property
+    def first_sequence(self) -> int:
+        """Where the pass that runs begins in the batch folded M times."""
+        first = 0 if self.part is None else self.part.first
+        return first * (self.batch_size or 0)
+
+    @property
+    def all_sequences(self) -> int:
+        """M * B."""
+        return self.num_selections * (self.batch_size or 0)
+
+    def expand(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Repeat a batch M times, selection-major: row m * B + b is input b under selection m.
+
+        Args:
+            batch: Tensors [B, ...] by name, other values pass through. `attention_mask` [B, T]
+                tells real tokens from padding; without it all positions count.
+                logprob_tokens="response" and sequence routing also need `labels`.
+
+        Returns:
+            A new dict with tensors [M * B, ...].
+
+        Raises:
+            ValueError: No tensor, batch sizes that differ, packed sequences, or labels missing.
+            RuntimeError: The selections are to run in parts.
+        """
+        if len(self._plan) > 1:
+            raise RuntimeError(
+                f"grad_selections={self.options.grad_selections}, selection_chunk_size="
+                f"{self.options.selection_chunk_size}: the selections run in {len(self._plan)} "
+                "parts. Write `for part in routing.parts(batch): routing.add(losses of model("
+                "**part), mask)`, then loss = routing.loss()"
+            )
+        return self._enter(self._plan[0], batch)
+
+    def parts(self, batch: Mapping[str, Any], loss_scale: float = 1.0) -> Iterator[dict[str, Any]]:
+        """Repeat a batch a part at a time; call `add` with the losses of each.
+
+            for part in routing.parts(batch):
+                routing.add(token_losses_of(model(**part)), mask_of(part))
+            loss = routing.loss()
+
+        Forward-only parts come first, and run without gradients. With a DDP model, gradients are
+        only reduced for the last.
+
+        Args:
+            batch: As in `expand`.
+            loss_scale: What the losses of parts that are backpropagated before the last are
+                multiplied by meanwhile: fp16's loss scale.
+
+        Yields:
+            Dicts with tensors [c * B, ...], c the selections of the part.
+
+        Raises:
+            RuntimeError: `add` was not called for a part.
+        """
+        self._held = HeldGradients(
+            (p for p in self._model.parameters() if p.requires_grad), loss_scale
+        )
+        self._grad_mode = torch.is_grad_enabled()
+        try:
+            for part in self._plan:
+                torch.set_grad_enabled(self._grad_mode and part.grad)
+                with ExitStack() as stack:
+                    if part.grad and not part.last and hasattr(self._model, "no_sync"):
+                        stack.enter_context(self._model.no_sync())  # type: ignore[operator]
+                    yield self._enter(part, batch)
+                    if self._awaiting:
+                        raise RuntimeError(
+                            f"selections {part.first} to {part.first + part.count - 1} have no "
+                            "losses: call routing.add once for every part"
+                        )
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """The context is left, or the parts are through: gradients are as they were before."""
+        if self._grad_mode is not None:
+            torch.set_grad_enabled(self._grad_mode)
+            self._grad_mode = None
+
+    def _enter(self, part: Part, batch: Mapping[str, Any]) -> dict[str, Any]:
+        if self.losses is not None:
+            raise RuntimeError(
+                "this context has one loss already: open another one for the next batch"
+            )
+        self.batch_size = batch_size_of(batch)
+        self.part = part
+        self._awaiting = True
+        if len(self._plan) > 1:
+            self.selections = {}
+        self.advantages = None
+        self._finite.clear()
+        if self._eligibility is None:
+            self._eligibility = Eligibility(self.batch_size, self._blocks)
+        self.valid = _repeat(real_positions(batch), part.count)
+        if self.options.logprob_tokens == "response":
+            self.sampled = _repeat(predicting_positions(batch), part.count)
+        if any(site.per_sequence for site in self.sites):
+            self.prompt = _repeat(prompt_positions(batch), part.count)
+        return fold(batch, self.batch_size, part.count)
+
+    # The losses -------------------------------------------------------------------------------
+
+    def add(self, token_losses: Tensor, mask: Tensor | None = None) -> None:
+        """The losses of the part that has just run.
+
+        Args:
+            token_losses: [c * B, T or T - 1], column t the loss predicted from position t; or [c *
+                B], one loss a sequence.
+            mask: Same shape as token_losses, nonzero where a loss counts. None: everywhere.
+
+        Raises:
+            ValueError: A shape does not fit the folded batch or the credit.
+            NonFiniteError: A loss is nan or infinite; the message names the first layer whose
+                router saw it.
+            RuntimeError: No part is running.
+        """
+        part = self.part
+        if part is None or not self._awaiting:
+            raise RuntimeError(
+                "there is no pass whose losses these could be: call routing.expand(batch), or "
+                "loop over routing.parts(batch), and run the model on what they return"
+            )
+        self._check_losses(token_losses, mask)
+        assert self.batch_size is not None
+        counted = token_losses if mask is None else token_losses.masked_fill(mask == 0, 0.0)
+        if counted.dtype != torch.float64:
+            counted = counted.float()
+        if self._unit is None:
+            count = token_losses.numel() if mask is None else mask.count_nonzero()
+            self._labels = count // part.count
+            self._unit = torch.as_tensor(self._labels).clamp(min=1)
+        losses = (counted / self._unit).view(part.count, self.batch_size, -1)
+        detached = losses.detach()
+        self._check_finite(detached)
+        if not part.rerun:
+            self._token_losses.update(enumerate(detached, start=part.first))
+            if part.collect:
+                self._absorb(detached)
+        if part.last:
+            self._graph = losses.sum() / self.grad_selections
+        elif part.grad and losses.requires_grad:
+            self._backward_now(losses.sum() / self.grad_selections)
+        self._awaiting = False
+
+    def loss(
+        self,
+        token_losses: Tensor | None = None,
+        mask: Tensor | None = None,
+        num_items: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss to call backward on: LoRA gets the mean over selections, the router RLOO.
+
+        Args:
+            token_losses: As in `add`, of the one pass of `expand`; None when all parts were added.
+            mask: As in `add`.
+            num_items: The normaliser N: labelled tokens (or sequences) of the un-replicated batch,
+                over the whole gradient accumulation. None: counted from the mask.
+
+        Returns:
+            Scalar: sum over counted losses / (N M). Its backward pass delivers both gradients,
+            inside or after the context.
+
+        Raises:
+            ValueError: A shape does not fit the folded batch, or nothing counts (where num_items
+                is counted on a GPU, the loss is 0 instead: looking would stall it).
+            NonFiniteError: As in `add`.
+            RuntimeError: The context has a loss already, or parts are missing.
+        """
+        if self.losses is not None:
+            raise RuntimeError(
+                "this context has one loss already, and the router is told one advantage for each "
+                "selection: add the token losses up before routing.loss, or open another context"
+            )
+        if token_losses is not None:
+            self.add(token_losses, mask)
+        if self._graph is None or self._unit is None:
+            raise RuntimeError(
+                f"{len(self._token_losses)} of {self.num_selections} selections have losses: call "
+                "routing.add for every part of routing.parts(batch), or give routing.loss the "
+                "losses of routing.expand(batch)"
+            )
+        items = self._labels if num_items is None else num_items
+        on_device = torch.is_tensor(items) and items.device.type != "cpu"
+        if not on_device and float(items) <= 0:  # on a device that would be a synchronisation
+            raise ValueError(f"num_items={float(items)}: no loss counts; is everything masked?")
+        self._num_items_scale = 1.0 if num_items is None else self._unit / num_items
+        with torch.no_grad():
+            losses = self._all_losses()
+            self.losses = losses.sum(-1) * self._num_items_scale
+            self.advantages = self._advantages(losses) * self._num_items_scale
+            mean = self.losses.sum() / self.num_selections
+        loss = self._graph * self._num_items_scale
+        if len(self._plan) > 1:  # the value of all, the gradient of those with a graph
+            loss = loss + (mean - loss.detach())
+        return LossTap.apply(loss, self)
+
+    def _check_losses(self, token_losses: Tensor, mask: Tensor | None) -> None:
+        rows, count = self.folded_batch_size, self.pass_selections
+        if token_losses.dim() not in (1, 2) or token_losses.shape[0] != rows:
+            raise ValueError(
+                f"token_losses is {list(token_losses.shape)}; it must be [{rows}, T] or [{rows}]: "
+                f"{count} selections of {rows // count} inputs"
+            )
+        if mask is not None and mask.shape != token_losses.shape:
+            raise ValueError(
+                f"mask is {list(mask.shape)} and token_losses {list(token_losses.shape)}; they "
+                "must agree"
+            )
+        if token_losses.dim() == 1 and self.options.credit != "sequence":
+            raise ValueError(
+                f"token_losses is {list(token_losses.shape)}, one loss a sequence, and credit="
+                f"{self.options.credit!r} needs one for each position, [{rows}, T or T - 1]: give "
+                "those, or use credit='sequence'"
+            )
+
+    def _check_finite(self, losses: Tensor) -> None:
+        if losses.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if bool(torch.isfinite(losses.sum())):
+            return
+        m, b = (~torch.isfinite(losses).all(-1)).nonzero()[0].tolist()
+        assert self.part is not None
+        first = next((n for n, total in self._finite.items() if not torch.isfinite(total)), None)
+        where = (
+            f"the first layer whose router saw numbers that are not finite is {first}"
+            if first
+            else "all routers saw finite numbers, so look at the layers after the last of them"
+        )
+        raise NonFiniteError(
+            f"the loss of input {b} under selection {self.part.first + m} is "
+            f"{float(losses[m, b].sum())}, and with it every advantage; {where}"
+        )
+
+    def _all_losses(self) -> Tensor:
+        """[M, B, W], divided by the unit."""
+        return torch.stack([self._token_losses[m] for m in range(self.num_selections)])
+
+    def _reference(self) -> Tensor:
+        """R_ref's losses: those of the selection that was run first."""
+        return next(iter(self._token_losses.values()))
+
+    def _absorb(self, losses: Tensor) -> None:
+        assert self._eligibility is not None
+        self._eligibility.absorb(CREDITS[self.options.credit](losses - self._reference()))
+
+    def _advantages(self, losses: Tensor) -> Tensor:
+        """[c B, W] of the part that runs, with the baseline of all M, divided by the unit."""
+        assert self.part is not None
+        spread = CREDITS[self.options.credit](losses - self._reference())
+        self._baseline = spread.mean(0)
+        norm = advantage_scale(losses.sum(-1), self.options.advantage_norm)
+        self._advantage_scale = norm / max(self.num_selections - 1, 1)
+        end = self.part.first + self.part.count
+        own = spread[self.part.first : end] - self._baseline
+        return (own * self._advantage_scale).flatten(0, 1)
+
+    def _backward_now(self, loss: Tensor) -> None:
+        assert self.part is not None
+        if self._held is None:
+            raise RuntimeError("a part of routing.parts was added outside its loop")
+        if self.part.rerun:
+            with torch.no_grad():
+                self.advantages = self._advantages(self._all_losses())
+        self._held.backward(LossTap.apply(loss, self))
+        self.advantages = None
+
+    # The backward pass -------------------------------------------------------------------------
+
+    def begin_backward(self, grad_scale: Tensor) -> None:
+        """From here to the end of this backward pass, recomputations replay this state."""
+        self._grad_scale = grad_scale.detach()
+        self._delivering = True
+        self._delivered.clear()
+        for site in self.sites:
+            site.begin_backward(self, torch._C._current_graph_task_id())
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        assert self.part is not None
+        if self._held is not None and self.part.last:
+            self._held.begin(self._grad_scale * self._num_items_scale)
+
+    def _end_backward(self) -> None:
+        self._delivering = False
+        if self._held is not None:
+            self._held.end()
+        for site in self.sites:
+            site.end_backward()
+
+    def drawn_at(self, site: RoutingSite) -> list[Tensor]:
+        """The selections that a site drew in this state, one a forward pass."""
+        stream = self.streams.get(id(site))
+        return [] if stream is None else self.selections.get(stream, [])
+
+    def note(self, site: RoutingSite, selection: Selection) -> None:
+        """A site has drawn. `selection` holds what its score needs."""
+        stream = self.streams[id(site)]
+        self.selections.setdefault(stream, []).append(selection.drawn)
+        self._finite.setdefault(site.name, selection.logits.sum())
+        if self.part is None or not self.part.collect or not site.router_is_trained():
+            return
+        assert self._eligibility is not None
+        lead = selection.drawn.shape[:-1]
+        weights = selection.logits.new_ones(lead.numel())
+        counted = self._counted(selection)
+        if counted is not None:
+            weights = weights * counted
+        dlogits = self._score(selection, weights).div_(selection.temperature)
+        rows = (self.folded_batch_size, -1)
+        self._eligibility.collect(
+            stream,
+            dlogits.view(*rows, dlogits.shape[-1]),
+            selection.x.detach().reshape(*rows, selection.x.shape[-1]),
+        )
+
+    def dlogits(self, selection: Selection) -> Tensor | None:
+        """The gradient of a selection's logits, flattened to [rows, n]; None outside a backward.
+
+        It is of z over the temperature, as `selection.logits` are.
+        """
+        if not self._delivering:
+            return None
+        counted = self._counted(selection)
+        total = None
+        if self.advantages is not None:
+            weights = self._row_advantages(selection) * self._grad_scale
+            weights = weights if counted is None else weights * counted.to(weights)
+            total = self._score(selection, weights.to(selection.logits.device))
+        options = self.options
+        if options.router_entropy_coef or options.load_balancing_coef:
+            assert self.part is not None
+            scale = self._grad_scale * self._num_items_scale
+            share = scale * self.part.count / self.grad_selections / len(self.sites)
+            rows = (self.part.count, -1)
+            pull = regularizer_grad(
+                selection.logits.reshape(*rows, selection.logits.shape[-1]),
+                selection.drawn.reshape(*rows, selection.drawn.shape[-1]),
+                None if counted is None else counted.view(rows),
+                options.router_entropy_coef,
+                options.load_balancing_coef,
+            ).flatten(0, 1)
+            pull = pull * torch.as_tensor(share).to(pull)
+            total = pull if total is None else total + pull
+        return total
+
+    def collected(self, site: RoutingSite, like: Tensor) -> Tensor | None:
+        """The router's gradient of the selections without a graph; once in a backward pass."""
+        part, stream = self.part, self.streams.get(id(site))
+        if not self._delivering or part is None or not part.last or stream is None:
+            return None
+        if self._eligibility is None or self._baseline is None or stream in self._delivered:
+            return None
+        self._delivered.add(stream)
+        total = self._eligibility.gradient(stream, self._baseline, self._advantage_scale)
+        if total is None:
+            return None
+        scale = torch.as_tensor(self._grad_scale * self._num_items_scale)
+        return (total * scale.to(total)).to(like.device)
+
+    def _score(self, selection: Selection, weights: Tensor) -> Tensor:
+        """weights [rows] times d log Q / d logits [rows, n]."""
+        logits, drawn = selection.logits, selection.drawn
+        return selection_log_prob_bwd(
+            logits.reshape(-1, logits.shape[-1]),
+            drawn.reshape(-1, drawn.shape[-1]),
+            weights,
+            unordered=self.unordered,
+        )
+
+    def _counted(self, selection: Selection) -> Tensor | None:
+        """[rows] of a layer: whether a decision counts; None: all do."""
+        if selection.per_sequence:
+            return None
+        self.positions(selection.drawn.shape[:-1])
+        counted = None
+        for mask in (self.valid, self.sampled):
+            if mask is not None:
+                counted = mask if counted is None else counted & mask.to(counted.device)
+        return None if counted is None else counted.reshape(-1).to(selection.logits.device)
+
+    def _row_advantages(self, selection: Selection) -> Tensor:
+        """[rows] of a layer."""
+        assert self.advantages is not None
+        width = self.advantages.shape[1]
+        if selection.per_sequence:
+            return self.advantages[:, 0]
+        positions = self.positions(selection.drawn.shape[:-1])
+        if width == 1:
+            return self.advantages.expand(-1, positions).reshape(-1)
+        if width not in (positions, positions - 1):
+            raise ValueError(
+                f"credit={self.options.credit!r} needs a loss for each of the layer's {positions} "
+                f"positions (the last may be left out); token_losses had {width}"
+            )
+        return nn.functional.pad(self.advantages, (0, positions - width)).reshape(-1)
+
+    def positions(self, lead: torch.Size) -> int:
+        """Routed rows a sequence has in a layer whose input is [*lead, in].
+
+        Raises:
+            ValueError: The rows are not those of the folded batch.
+        """
+        rows, sequences = lead.numel(), self.folded_batch_size
+        width = None if self.valid is None else self.valid.shape[1]
+        if self.sampled is not None:
+            width = self.sampled.shape[1]
+        per_sequence = rows // sequences
+        if rows % sequences or (width is not None and per_sequence != width):
+            expected = "..." if width is None else str(width)
+            raise ValueError(
+                f"a routed layer got {list(lead)} rows while sampling; the folded batch has "
+                f"{sequences} sequences of {expected} positions: run the model on what "
+                "routing.expand(batch) returned, without a cache"
+            )
+        return per_sequence
+
+
+def _repeat(mask: Tensor | None, count: int) -> Tensor | None:
+    return None if mask is None else mask.repeat(count, 1)

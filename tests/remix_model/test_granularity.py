@@ -1,0 +1,240 @@
+"""Routing by sequence: decided from the prompt, once, and kept while decoding."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from remix_model import (
+    RoutedLoRALinear,
+    force_selection,
+    record_routing,
+    sample_routing,
+    token_losses,
+)
+from remix_model.site import find_sites
+
+
+@pytest.fixture
+def model(make_remix):
+    return make_remix(routing_granularity="sequence").eval()
+
+
+def logits_of(model, ids, mask=None, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, **kwargs)
+
+
+def test_the_mean_of_the_prompt_decides(model, make_batch):
+    """By hand: pooled inputs, their top k, the same experts at every position."""
+    batch = make_batch((10, 7, 9), prompt=3)
+    name, site = next(iter(find_sites(model).items()))
+    seen = {}
+    layer = dict(model.named_modules())[name]
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    chosen = {}
+    select = site.select
+    site.select = lambda *args: chosen.setdefault("it", select(*args))
+    with torch.no_grad():
+        token_losses(model, batch)
+    hook.remove()
+    del site.select
+    x, router = seen["x"], layer.remix_router["default"]
+    pooled = x[:, :3].mean(1)
+    want = (pooled @ router.T).topk(2).indices
+    torch.testing.assert_close(chosen["it"].drawn, want)
+    assert torch.equal(chosen["it"].index, want[:, None].expand(3, 10, 2))
+
+
+def test_nothing_after_the_prompt_decides(model, make_batch):
+    """Labelled tokens change no loss before them: routing does not see the future."""
+    batch = make_batch((10, 10), prompt=3)
+    other = {key: value.clone() for key, value in batch.items()}
+    other["input_ids"][:, 6:] = (other["input_ids"][:, 6:] + 7) % 60 + 3
+    other["labels"][:, 6:] = other["input_ids"][:, 6:]
+    with torch.no_grad():
+        (one, _), (two, _) = token_losses(model, batch), token_losses(model, other)
+    torch.testing.assert_close(one[:, :5], two[:, :5])
+    assert (one[:, 5:] - two[:, 5:]).abs().min() > 0
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right-padded", "left-padded"])
+def test_padding_does_not_decide(left, model, make_batch):
+    batch = make_batch((6, 6), prompt=3)
+    padded = {
+        key: nn.functional.pad(
+            value, (3, 0) if left else (0, 3), value=-100 if key == "labels" else 0
+        )
+        for key, value in batch.items()
+    }
+    with torch.no_grad():
+        losses, mask = token_losses(model, batch)
+        same, same_mask = token_losses(model, padded)
+    torch.testing.assert_close(same[same_mask], losses[mask])
+
+
+def test_decoding_repeats_the_prefill(model, make_batch):
+    """With a cache, token by token, as in one pass with the prompt's end known."""
+    ids = make_batch((9, 9))["input_ids"]
+    labels = ids.clone()
+    labels[:, :4] = -100
+    with torch.no_grad():
+        whole = model(input_ids=ids, labels=labels).logits
+    out = logits_of(model, ids[:, :4], use_cache=True)
+    steps = [out.logits]
+    for t in range(4, 9):
+        out = logits_of(model, ids[:, t : t + 1], past_key_values=out.past_key_values)
+        steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole)
+
+
+def test_two_caches_at_once(model, make_batch):
+    """Each remembers its own prefill, whatever ran in between."""
+    ids = make_batch((9, 9))["input_ids"]
+    alone = []
+    for row in (0, 1):
+        out = logits_of(model, ids[row : row + 1, :6], use_cache=True)
+        alone.append(logits_of(model, ids[row : row + 1, 6:], past_key_values=out.past_key_values))
+    caches = [
+        logits_of(model, ids[row : row + 1, :6], use_cache=True).past_key_values for row in (0, 1)
+    ]
+    logits_of(model, ids[:, :3])
+    for row in (0, 1):
+        out = logits_of(model, ids[row : row + 1, 6:], past_key_values=caches[row])
+        torch.testing.assert_close(out.logits, alone[row].logits)
+
+
+def test_generate(model, make_batch):
+    """Greedy and beams: the same as choosing by hand from the prompt and forcing it."""
+    ids = make_batch((6, 6))["input_ids"]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    modules, chosen, hooks = dict(model.named_modules()), {}, []
+    for name, site in find_sites(model).items():
+
+        def keep(layer, args, site=site, name=name):
+            if args[0].shape[1] > 1:
+                pooled = args[0].mean(1)
+                router = layer.remix_router["default"]
+                chosen.setdefault(name, (pooled @ router.T).topk(site.top_k).indices)
+
+        hooks.append(modules[name].register_forward_pre_hook(keep))
+    tokens = model.generate(input_ids=ids, **options)
+    for hook in hooks:
+        hook.remove()
+    for row in (0, 1):
+        with force_selection(model, {n: index[row] for n, index in chosen.items()}):
+            forced = model.generate(input_ids=ids[row : row + 1], **options)
+        assert torch.equal(tokens[row : row + 1], forced)
+    beams = model.generate(input_ids=ids, num_beams=3, **options)
+    alone = [model.generate(input_ids=ids[r : r + 1], num_beams=3, **options) for r in (0, 1)]
+    assert torch.equal(beams, torch.cat(alone))
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[:, :2] = 0
+    left = torch.cat((torch.zeros(2, 2, dtype=torch.long), ids), 1)
+    padded = model.generate(input_ids=left, attention_mask=mask, **options)
+    assert torch.equal(padded[:, 2:], tokens)
+
+
+def test_a_cache_of_another_model(model, make_remix, make_batch):
+    ids = make_batch((6, 6))["input_ids"]
+    other = make_remix(routing_granularity="sequence").eval()
+    cache = logits_of(other, ids[:, :4], use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match="not filled by this model"):
+        logits_of(model, ids[:, 4:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("sharing", ["module", "block"])
+def test_save_and_load(sharing, make_remix, make_llama, make_batch, tmp_path):
+    model = make_remix(routing_granularity="sequence", router_sharing=sharing).eval()
+    batch = make_batch()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path).eval()
+    for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            torch.testing.assert_close(token_losses(other, batch)[0], token_losses(model, batch)[0])
+        ids = batch["input_ids"][:, :5]
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(
+            other.generate(input_ids=ids, **options), model.generate(input_ids=ids, **options)
+        )
+
+
+def test_statistics_count_sequences(model, make_batch):
+    with record_routing(model) as record, torch.no_grad():
+        token_losses(model, make_batch((10, 7, 9)))
+    for layer in record.stats().layers:
+        assert layer.tokens == 3
+
+
+def test_plain_modules():
+    """Without a language model: the mean of all rows, or of prompt_mask's while sampling."""
+    torch.manual_seed(0)
+    layer = RoutedLoRALinear(
+        nn.Linear(4, 3),
+        num_experts=5,
+        top_k=2,
+        r=2,
+        router_init_range=1.0,
+        init_lora_weights=False,
+        routing_granularity="sequence",
+    )
+    x = torch.randn(3, 6, 4)
+    index = (x.mean(1) @ layer.router.T).topk(2).indices
+    want = layer(x)
+    plain = RoutedLoRALinear(
+        copy.deepcopy(layer.base_layer), num_experts=5, top_k=2, r=2, router_init_range=1.0
+    )
+    plain.load_state_dict(layer.state_dict())
+    with force_selection(nn.Sequential(plain), {"0": index[:, None]}):
+        torch.testing.assert_close(plain(x), want)
+    with sample_routing(nn.Sequential(layer), 2, seed=0) as routing:
+        part = routing.expand({"x": x, "prompt_mask": torch.arange(6).expand(3, 6) < 2})
+        layer(part["x"])
+    (drawn,) = routing.selections[0]
+    assert drawn.shape == (6, 2)
+
+
+@pytest.mark.parametrize("how", ["no labels", "labelled from the start", "wrong rows"])
+def test_refuses(how, model, make_batch):
+    batch = make_batch((10, 7, 9), prompt=0 if how == "labelled from the start" else 3)
+    if how == "wrong rows":
+        layer = RoutedLoRALinear(
+            nn.Linear(4, 3), num_experts=3, top_k=1, r=1, routing_granularity="sequence"
+        )
+        with pytest.raises(ValueError, match=r"routes by sequence and got x \[5, 4\]"):
+            layer(torch.zeros(5, 4))
+        return
+    if how == "no labels":
+        del batch["labels"]
+        message = "needs labels"
+    else:
+        message = "row 0 has no prompt"
+    with sample_routing(model, 2, seed=0) as routing, pytest.raises(ValueError, match=message):
+        routing.expand(batch)
+    if how == "labelled from the start":
+        with pytest.raises(ValueError, match=message):
+            token_losses(model, batch)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+@pytest.mark.filterwarnings("ignore:a ReMix model is being trained outside")
+def test_recomputation_reads_the_same_prompt(
+    kind, make_remix, make_batch, take_grads, assert_same, checkpointing
+):
+    """Unsampled training: what the pass around a layer was is gone when it is recomputed."""
+    batch, grads = make_batch(), []
+    for switched in ("off", kind):
+        model = checkpointing(make_remix(routing_granularity="sequence"), switched)
+        losses, mask = token_losses(model, batch)
+        (losses.sum() / mask.sum()).backward()
+        grads.append(take_grads(model))
+    assert_same(
+        {n: g for n, g in grads[1].items() if "lora" in n},
+        {n: g for n, g in grads[0].items() if "lora" in n},
+        1e-9,
+    )
