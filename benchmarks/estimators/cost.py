@@ -96,7 +96,6 @@ def steps(rounds: int) -> list[dict[str, object]]:
         "M8-G2": (8, 2, {"grad_selections": 2}),
         "M32-G1": (32, 1, {"grad_selections": 1}),
         "M32-G1-causal-unordered": (32, 1, {"grad_selections": 1, **BEST}),
-        "M32-G32": (32, 32, {}),
     }
     runs = {name: step(model, batch, m, **options) for name, (m, _, options) in cases.items()}
     runs["M1"] = frozen(model, runs["M1"])
@@ -104,7 +103,7 @@ def steps(rounds: int) -> list[dict[str, object]]:
     peaks = {name: peak_bytes(run) for name, run in runs.items()}
     rows: list[dict[str, object]] = []
     for name, (m, g, options) in cases.items():
-        base = "M32-G32" if m == 32 else f"M{m}-G{m}" if m > 1 else "M1"
+        base = {1: "M1", 32: "M2-G2"}.get(m, f"M{m}-G{m}")
         rows.append(
             {
                 "case": name,
