@@ -15,6 +15,8 @@ import argparse
 import itertools
 import statistics
 
+import torch
+
 from benchmarks.common import prepare_cpu, write_rows
 from benchmarks.estimators import cost, planted, variance
 from benchmarks.estimators.models import SMOLLM2, partly_trained, stories260k_folder
@@ -105,6 +107,7 @@ def main() -> None:
         elif part == "prefix":
             rows = cost.prefixes(args.rounds)
         else:
+            torch.set_num_threads(1)  # small tensors: threads would wait for each other
             rows = measure_planted(args.seeds, args.most, args.rates)
         show(rows)
         if not args.no_save:

@@ -35,6 +35,7 @@ def warmup(
     *,
     rows: int | Sequence[int] = (1, 4096),
     dtype: torch.dtype | None = None,
+    unordered: bool = False,
     verbose: bool = True,
 ) -> list[tuple[RoutedShape, int]]:
     """Run every routed linear of a model on random data: a forward pass, and a training step.
@@ -50,6 +51,7 @@ def warmup(
             tiles, and what is tuned is tuned for the next power of two.
         dtype: Of x and the frozen weight; None takes the shapes', a model's own weights'. Give
             autocast's dtype for training under autocast.
+        unordered: Whether routers will train on the probability of the set, log_prob="unordered".
         verbose: One line a shape on stderr.
 
     Returns:
@@ -73,6 +75,8 @@ def warmup(
         shapes = list(model_or_shapes)
     if dtype is not None:
         shapes = [shape._replace(dtype=dtype) for shape in shapes]
+    if unordered:
+        shapes = [shape._replace(unordered=True) for shape in shapes]
     done: list[tuple[RoutedShape, int]] = []
     for shape in dict.fromkeys(shapes):
         device = shape.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")

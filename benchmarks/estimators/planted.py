@@ -77,12 +77,10 @@ class Planted(nn.Module):
 
 
 def running_mean(x: Tensor) -> Tensor:
-    """Each position, and half as much of every one before it the further back it is."""
-    result, state = [], torch.zeros_like(x[:, 0])
-    for t in range(x.shape[1]):
-        state = 0.5 * state + x[:, t]
-        result.append(state)
-    return torch.stack(result, 1)
+    """Each position, and of those before it half as much for every step that they lie back."""
+    age = torch.arange(x.shape[1])
+    back = age.unsqueeze(1) - age
+    return torch.where(back >= 0, 0.5**back, 0.0).to(x) @ x
 
 
 def steps_until_right(

@@ -234,8 +234,9 @@ def launches() -> Iterator[Launched]:
         yield seen
 
 
+@pytest.mark.parametrize("unordered", [False, True], ids=["ordered", "unordered"])
 @pytest.mark.parametrize("strategy", ["auto", "dense", "grouped", "gather"])
-def test_warmup_runs_what_a_model_will(strategy: str) -> None:
+def test_warmup_runs_what_a_model_will(strategy: str, unordered: bool) -> None:
     """Decoding, a plain training step and a sampled one launch nothing that is new."""
     layer = RoutedLoRALinear(
         torch.nn.Linear(24, 40, bias=False),
@@ -251,14 +252,17 @@ def test_warmup_runs_what_a_model_will(strategy: str) -> None:
     )
     random_state = torch.get_rng_state()
     with launches() as warmed:
-        assert warmup(layer, rows=(1, 6), verbose=False) == [(shape, 1), (shape, 6)]
+        done = warmup(layer, rows=(1, 6), unordered=unordered, verbose=False)
+    shape = shape._replace(unordered=unordered)
+    assert done == [(shape, 1), (shape, 6)]
     assert torch.equal(torch.get_rng_state(), random_state)
     with launches() as used, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # trained outside sample_routing, on purpose
         with torch.no_grad():
             layer.eval()(torch.randn(1, 24, device=DEVICE))
         layer.train()(torch.randn(6, 24, device=DEVICE, requires_grad=True)).sum().backward()
-        with sample_routing(layer, num_selections=2, seed=0) as routing:
+        log_prob = "unordered" if unordered else "ordered"
+        with sample_routing(layer, num_selections=2, log_prob=log_prob, seed=0) as routing:
             x = routing.expand({"x": torch.randn(3, 24, device=DEVICE)})["x"]
             losses = layer(x.requires_grad_()).square().mean(-1, keepdim=True)
             loss = routing.loss(losses, torch.ones_like(losses, dtype=torch.bool))

@@ -17,6 +17,7 @@ from remix_model import (
     sample_routing,
     token_losses,
 )
+from remix_model.batch import prompt_positions
 from remix_model.site import find_sites
 
 
@@ -76,6 +77,31 @@ def test_padding_does_not_decide(left, model, make_batch):
         losses, mask = token_losses(model, batch)
         same, same_mask = token_losses(model, padded)
     torch.testing.assert_close(same[same_mask], losses[mask])
+
+
+def test_prompt_positions_by_hand():
+    """Up to the first label, padding on either side left out; later gaps are no prompt."""
+    labels = torch.tensor([[-100, -100, 5, -100, 7, -100], [-100, -100, -100, 4, 4, 4]])
+    real = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]])
+    want = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0]]).bool()
+    found = prompt_positions({"labels": labels, "attention_mask": real})
+    assert torch.equal(found, want)
+    given = torch.tensor([[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
+    found = prompt_positions({"prompt_mask": given, "labels": labels, "attention_mask": real})
+    assert torch.equal(found, given.bool() & real.bool())
+    none = torch.full((1, 4), -100)
+    assert prompt_positions({"labels": none}).all()
+
+
+def test_padding_does_not_decide_at_prefill(make_remix):
+    """No labels: the mask alone tells what is real."""
+    model = make_remix(routing_granularity="sequence", num_experts=8, top_k=1).eval()
+    ids = torch.randint(3, 64, (8, 5), generator=torch.Generator().manual_seed(0))
+    left = nn.functional.pad(ids, (7, 0), value=9)  # not 0, whose embedding is zero
+    mask = nn.functional.pad(torch.ones_like(ids), (7, 0))
+    want = logits_of(model, ids).logits
+    got = logits_of(model, left, mask).logits[:, 7:]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)  # positions differ, in fp32
 
 
 def test_decoding_repeats_the_prefill(model, make_batch):

@@ -136,3 +136,21 @@ def test_a_linear_that_runs_first():
     assert up.select(torch.zeros(3, 4), None, False).index.shape == (3, 2)
     with pytest.raises(RuntimeError, match="has not run"):
         up.select(torch.zeros(3, 4), None, False)
+
+
+def test_each_follows_once_a_pass():
+    """Also where a pass broke off, as a recomputation may that needs no more."""
+
+    class Selected:
+        index = torch.zeros(3, 2)
+
+    shared = SharedSelection("gate")
+    up, down = FollowingSite(2, "up", shared), FollowingSite(2, "down", shared)
+    x = torch.zeros(3, 4)
+    shared.put(Selected())
+    up.select(x, None, False)
+    with pytest.raises(RuntimeError, match="up follows"):
+        up.select(x, None, False)
+    shared.put(Selected())
+    up.select(x, None, False)
+    down.select(x, None, False)
