@@ -1,4 +1,4 @@
-"""README's figures from the committed rows: `python -m benchmarks.tables` rewrites the section."""
+"""README's and docs/estimators.md's figures from the committed rows: `python -m benchmarks.tables`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import csv
 from pathlib import Path
 
 from benchmarks.common import RESULTS
+from benchmarks.estimators.tables import estimator_figures
 
 README = Path(__file__).parent.parent / "README.md"
+ESTIMATORS = README.parent / "docs" / "estimators.md"
 START, END = "<!-- figures -->\n", "<!-- /figures -->"
 
 
@@ -55,12 +57,18 @@ def figures() -> str:
     return "\n".join(lines) + "\n"
 
 
+def rewrite(path: Path, start: str, end: str, section: str) -> None:
+    """Replace what is between two markers."""
+    before, rest = path.read_text(encoding="utf-8").split(start)
+    _, after = rest.split(end)
+    path.write_text(before + start + section + end + after, encoding="utf-8")
+
+
 def main() -> None:
-    """Rewrite README between the markers."""
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    README.write_text(before + START + figures() + END + after, encoding="utf-8")
+    """Rewrite README and docs/estimators.md between their markers."""
+    rewrite(README, START, END, figures())
+    if (RESULTS / "estimators_steps.csv").exists():
+        rewrite(ESTIMATORS, "<!-- estimators -->\n", "<!-- /estimators -->", estimator_figures())
 
 
 if __name__ == "__main__":
