@@ -1,4 +1,4 @@
-"""README's and docs/estimators.md's figures from the committed rows: `python -m benchmarks.tables`."""
+"""The figures in README and docs, from the committed rows: `python -m benchmarks.tables`."""
 
 from __future__ import annotations
 

@@ -33,9 +33,9 @@ def estimator_figures() -> str:
         f"{where['date']}, {where['device']}, {where['threads']} threads, torch {where['torch']},",
         "fp32.",
         "",
-        "**Variance of the routers' gradient** over that of the paper's estimator (sequence credit,",
-        "ordered) at the same M, on partly trained adapters. G=1: one selection with a graph; under",
-        "sequence credit that is the same gradient.",
+        "**Variance of the routers' gradient** over the paper's estimator's (sequence credit,",
+        "ordered) at the same M, on partly trained adapters. G=1: one selection with a graph;",
+        "under sequence credit that is the same gradient.",
         "",
     ]
     sizes = sorted({int(row["M"]) for row in variance})
@@ -70,8 +70,8 @@ def estimator_figures() -> str:
     lines += table(head, body)
     lines += _variance_times_cost(variance, steps)
     lines += [
-        "**Shared prefix**: a step with M = 4 and adapters from one block on, over the same without",
-        "sharing.",
+        "**Shared prefix**: a step with M = 4 and adapters from one block on, over the same",
+        "without sharing.",
         "",
     ]
     body = [
@@ -82,8 +82,8 @@ def estimator_figures() -> str:
     head = ["first adapted of 30 blocks", "unshared s", "shared s", "time over", "peak over"]
     lines += table(head, body)
     lines += [
-        "**Steps until a router alone finds the right experts** for 95 % of 16 types of token (n=8,",
-        "k=2, frozen specialists, Adam), median over seeds, the best learning rate of each estimator.",
+        "**Steps until a router alone finds the right experts** for 95 % of 16 types of token",
+        "(n=8, k=2, frozen specialists, Adam): median over seeds, each at its best learning rate.",
         "",
     ]
     best: dict[tuple[str, str], dict[str, str]] = {}
@@ -132,7 +132,7 @@ def _variance_times_cost(
             cells.append(f"{value * float(step['time_s']) / first:.2f}" if step else "not measured")
         body.append([name, *cells])
     return [
-        "**Variance times time**, SmolLM2-135M, over the paper's estimator with M = 2: less is better.",
+        "**Variance times time**, SmolLM2-135M, over the paper's with M = 2: less is better.",
         "",
         *table(["estimator", *(f"M={m}" for m in sizes)], body),
     ]
