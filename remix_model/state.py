@@ -23,11 +23,10 @@ from remix_model.batch import (
     prompt_positions,
     real_positions,
 )
-from remix_model.credit import CREDITS, advantage_scale
 from remix_model.delivery import LossTap
 from remix_model.eligibility import CAUSAL_BLOCKS, Eligibility
-from remix_model.errors import NonFiniteError
 from remix_model.held import HeldGradients
+from remix_model.ledger import Ledger
 from remix_model.options import SamplingOptions
 from remix_model.parts import Part, plan_parts
 from remix_model.regularize import regularizer_grad
@@ -72,17 +71,13 @@ class RoutingState:
         self._blocks = blocks
         self._eligibility: Eligibility | None = None
         self._held: HeldGradients | None = None
-        self._token_losses: dict[int, Tensor] = {}  # [B, W] by selection, divided by _unit
-        self._unit: Tensor | float | None = None  # labels of the un-replicated batch
-        self._labels: Tensor | int = 0  # the same, where it may be none
+        self._ledger = Ledger(options.num_selections, options.credit, options.advantage_norm)
         self._graph: Tensor | None = None  # what the last part's backward pass goes through
-        self._baseline: Tensor | None = None  # mean_m R - R_ref, [B, W]
-        self._advantage_scale: Tensor | float = 1.0
         self._num_items_scale: Tensor | float = 1.0
         self._grad_scale: Tensor | float = 1.0
         self._delivering = False
         self._delivered: set[int] = set()
-        self._finite: dict[str, Tensor] = {}
+        self._finite: dict[str, Tensor] = {}  # by layer: a number if its router saw numbers
         self._grad_mode: bool | None = None
 
     # The batch --------------------------------------------------------------------------------
@@ -226,26 +221,16 @@ class RoutingState:
                 "there is no pass whose losses these could be: call routing.expand(batch), or "
                 "loop over routing.parts(batch), and run the model on what they return"
             )
-        self._check_losses(token_losses, mask)
-        assert self.batch_size is not None
-        counted = token_losses if mask is None else token_losses.masked_fill(mask == 0, 0.0)
-        if counted.dtype != torch.float64:
-            counted = counted.float()
-        if self._unit is None:
-            count = token_losses.numel() if mask is None else mask.count_nonzero()
-            self._labels = count // part.count
-            self._unit = torch.as_tensor(self._labels).clamp(min=1)
-        losses = (counted / self._unit).view(part.count, self.batch_size, -1)
+        losses = self._ledger.enter(part, token_losses, mask, self.folded_batch_size)
         detached = losses.detach()
-        self._check_finite(detached)
-        if not part.rerun:
-            self._token_losses.update(enumerate(detached, start=part.first))
-            if part.collect:
-                self._absorb(detached)
+        self._ledger.check_finite(part, detached, self._finite)
+        if part.collect:
+            assert self._eligibility is not None
+            self._eligibility.absorb(self._ledger.spread(detached))
         if part.last:
             self._graph = losses.sum() / self.grad_selections
         elif part.grad and losses.requires_grad:
-            self._backward_now(losses.sum() / self.grad_selections)
+            self._backward_now(part, losses.sum() / self.grad_selections)
         self._awaiting = False
 
     def loss(
@@ -279,94 +264,34 @@ class RoutingState:
             )
         if token_losses is not None:
             self.add(token_losses, mask)
-        if self._graph is None or self._unit is None:
+        ledger, graph, part = self._ledger, self._graph, self.part
+        if graph is None or ledger.labels is None or part is None:
             raise RuntimeError(
-                f"{len(self._token_losses)} of {self.num_selections} selections have losses: call "
-                "routing.add for every part of routing.parts(batch), or give routing.loss the "
-                "losses of routing.expand(batch)"
+                f"{len(ledger)} of {self.num_selections} selections have losses: call routing.add "
+                "for every part of routing.parts(batch), or give routing.loss the losses of "
+                "routing.expand(batch)"
             )
-        items = self._labels if num_items is None else num_items
+        items = ledger.labels if num_items is None else num_items
         on_device = torch.is_tensor(items) and items.device.type != "cpu"
         if not on_device and float(items) <= 0:  # on a device that would be a synchronisation
             raise ValueError(f"num_items={float(items)}: no loss counts; is everything masked?")
-        self._num_items_scale = 1.0 if num_items is None else self._unit / num_items
+        self._num_items_scale = 1.0 if num_items is None else ledger.unit / num_items
         with torch.no_grad():
-            losses = self._all_losses()
-            self.losses = losses.sum(-1) * self._num_items_scale
-            self.advantages = self._advantages(losses) * self._num_items_scale
+            self.losses = ledger.sequences() * self._num_items_scale
+            self.advantages = ledger.advantages(part) * self._num_items_scale
             mean = self.losses.sum() / self.num_selections
-        loss = self._graph * self._num_items_scale
+        loss = graph * self._num_items_scale
         if len(self._plan) > 1:  # the value of all, the gradient of those with a graph
             loss = loss + (mean - loss.detach())
+        self._graph = None  # which the loss keeps alive, as long as it lives
         return LossTap.apply(loss, self)
 
-    def _check_losses(self, token_losses: Tensor, mask: Tensor | None) -> None:
-        rows, count = self.folded_batch_size, self.pass_selections
-        if token_losses.dim() not in (1, 2) or token_losses.shape[0] != rows:
-            raise ValueError(
-                f"token_losses is {list(token_losses.shape)}; it must be [{rows}, T] or [{rows}]: "
-                f"{count} selections of {rows // count} inputs"
-            )
-        if mask is not None and mask.shape != token_losses.shape:
-            raise ValueError(
-                f"mask is {list(mask.shape)} and token_losses {list(token_losses.shape)}; they "
-                "must agree"
-            )
-        if token_losses.dim() == 1 and self.options.credit != "sequence":
-            raise ValueError(
-                f"token_losses is {list(token_losses.shape)}, one loss a sequence, and credit="
-                f"{self.options.credit!r} needs one for each position, [{rows}, T or T - 1]: give "
-                "those, or use credit='sequence'"
-            )
-
-    def _check_finite(self, losses: Tensor) -> None:
-        if losses.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        if bool(torch.isfinite(losses.sum())):
-            return
-        m, b = (~torch.isfinite(losses).all(-1)).nonzero()[0].tolist()
-        assert self.part is not None
-        first = next((n for n, total in self._finite.items() if not torch.isfinite(total)), None)
-        where = (
-            f"the first layer whose router saw numbers that are not finite is {first}"
-            if first
-            else "all routers saw finite numbers, so look at the layers after the last of them"
-        )
-        raise NonFiniteError(
-            f"the loss of input {b} under selection {self.part.first + m} is "
-            f"{float(losses[m, b].sum())}, and with it every advantage; {where}"
-        )
-
-    def _all_losses(self) -> Tensor:
-        """[M, B, W], divided by the unit."""
-        return torch.stack([self._token_losses[m] for m in range(self.num_selections)])
-
-    def _reference(self) -> Tensor:
-        """R_ref's losses: those of the selection that was run first."""
-        return next(iter(self._token_losses.values()))
-
-    def _absorb(self, losses: Tensor) -> None:
-        assert self._eligibility is not None
-        self._eligibility.absorb(CREDITS[self.options.credit](losses - self._reference()))
-
-    def _advantages(self, losses: Tensor) -> Tensor:
-        """[c B, W] of the part that runs, with the baseline of all M, divided by the unit."""
-        assert self.part is not None
-        spread = CREDITS[self.options.credit](losses - self._reference())
-        self._baseline = spread.mean(0)
-        norm = advantage_scale(losses.sum(-1), self.options.advantage_norm)
-        self._advantage_scale = norm / max(self.num_selections - 1, 1)
-        end = self.part.first + self.part.count
-        own = spread[self.part.first : end] - self._baseline
-        return (own * self._advantage_scale).flatten(0, 1)
-
-    def _backward_now(self, loss: Tensor) -> None:
-        assert self.part is not None
+    def _backward_now(self, part: Part, loss: Tensor) -> None:
         if self._held is None:
             raise RuntimeError("a part of routing.parts was added outside its loop")
-        if self.part.rerun:
+        if part.rerun:
             with torch.no_grad():
-                self.advantages = self._advantages(self._all_losses())
+                self.advantages = self._ledger.advantages(part)
         self._held.backward(LossTap.apply(loss, self))
         self.advantages = None
 
@@ -452,10 +377,11 @@ class RoutingState:
         part, stream = self.part, self.streams.get(id(site))
         if not self._delivering or part is None or not part.last or stream is None:
             return None
-        if self._eligibility is None or self._baseline is None or stream in self._delivered:
+        baseline = self._ledger.baseline
+        if self._eligibility is None or baseline is None or stream in self._delivered:
             return None
         self._delivered.add(stream)
-        total = self._eligibility.gradient(stream, self._baseline, self._advantage_scale)
+        total = self._eligibility.gradient(stream, baseline, self._ledger.scale)
         if total is None:
             return None
         scale = torch.as_tensor(self._grad_scale * self._num_items_scale)
