@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+from collections.abc import Iterator
 
 import torch
 
@@ -38,11 +39,11 @@ def show(rows: list[dict[str, object]]) -> None:
         print("  ".join(str(row[k]).rjust(w) for k, w in zip(keys, widths, strict=True)))
 
 
-def measure_variance(groups: int) -> list[dict[str, object]]:
-    """Both models; stories260k only where it is."""
-    rows: list[dict[str, object]] = []
+def measure_variance(groups: int) -> Iterator[list[dict[str, object]]]:
+    """Both models, one after the other; stories260k only where it is."""
     names = [SMOLLM2] if stories260k_folder() is None else ["stories260k", SMOLLM2]
     for name in names:
+        rows: list[dict[str, object]] = []
         model, batch = partly_trained(name)
         size, length = batch["input_ids"].shape
         error = variance.check(model, batch)
@@ -57,7 +58,7 @@ def measure_variance(groups: int) -> list[dict[str, object]]:
         ):
             rows.append({"model": name, "batch": f"{size}x{length}", **row})
         print()
-    return rows
+        yield rows
 
 
 def measure_planted(seeds: int, most: int, rates: list[float]) -> list[dict[str, object]]:
@@ -101,17 +102,18 @@ def main() -> None:
     for part in args.parts:
         print(f"\n== {part}", flush=True)
         if part == "variance":
-            rows = measure_variance(args.groups)
+            measured = measure_variance(args.groups)
         elif part == "steps":
-            rows = cost.steps(args.rounds)
+            measured = iter([cost.steps(args.rounds)])
         elif part == "prefix":
-            rows = cost.prefixes(args.rounds)
+            measured = iter([cost.prefixes(args.rounds)])
         else:
             torch.set_num_threads(1)  # small tensors: threads would wait for each other
-            rows = measure_planted(args.seeds, args.most, args.rates)
-        show(rows)
-        if not args.no_save:
-            print(f"written to {write_rows(f'estimators_{part}', rows)}")
+            measured = iter([measure_planted(args.seeds, args.most, args.rates)])
+        for rows in measured:
+            show(rows)
+            if not args.no_save:
+                print(f"written to {write_rows(f'estimators_{part}', rows)}")
 
 
 if __name__ == "__main__":

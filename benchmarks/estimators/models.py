@@ -94,11 +94,11 @@ def _stories() -> tuple[nn.Module, dict[str, Tensor]]:
 
 def _smollm2() -> tuple[nn.Module, dict[str, Tensor]]:
     tokenizer = load_tokenizer(SMOLLM2)
-    rows = tokenize(load_examples("humaneval"), tokenizer, max_length=160, long_examples="truncate")
-    rows = [row for row in rows if len(row["input_ids"]) >= 96]
+    rows = tokenize(load_examples("humaneval"), tokenizer, max_length=192, long_examples="drop")
+    rows.sort(key=lambda row: -sum(label != -100 for label in row["labels"][:96]))
     model = _train(
         load_model(SMOLLM2, dtype="float32", device="cpu"),
-        rows[8:],
+        rows[2:],
         KEPT / SMOLLM2,
         12,
         config=ReMixConfig(r=8, num_experts=8, top_k=2, target_modules=TARGETS),
@@ -107,8 +107,6 @@ def _smollm2() -> tuple[nn.Module, dict[str, Tensor]]:
         learning_rate=1e-3,
         remix_num_selections=2,
     )
-    labelled = [row for row in rows[:8] if sum(x != -100 for x in row["labels"][:96]) >= 16]
-    batch = DataCollator(0)(
-        [{key: value[:96] for key, value in row.items()} for row in labelled[:2]]
-    )
+    held_out = [{key: value[:96] for key, value in row.items()} for row in rows[:2]]
+    batch = DataCollator(0)(held_out)
     return model, batch

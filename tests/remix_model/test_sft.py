@@ -113,6 +113,11 @@ def config():
         pytest.param(CHATS, {"assistant_only_loss": True}, id="chat-assistant-only"),
         pytest.param(PROMPTS, {"remix_logprob_tokens": "response"}, id="response"),
         pytest.param(PROMPTS, {"gradient_checkpointing": True}, id="checkpointed"),
+        pytest.param(
+            PROMPTS,
+            {"remix_grad_selections": 1, "remix_credit": "causal", "remix_log_prob": "unordered"},
+            id="G1-causal-unordered",
+        ),
         pytest.param(PROMPTS, {"gradient_accumulation_steps": 2}, id="accumulated"),
     ],
 )
