@@ -52,7 +52,7 @@ def measure_variance(groups: int) -> Iterator[list[dict[str, object]]]:
         for row in variance.variances(
             model,
             batch,
-            groups * (8 if name == "stories260k" else 1),
+            groups * (4 if name == "stories260k" else 1),
             chunk,
             lambda done: print(f"\r  {done} groups", end="", flush=True),
         ):
