@@ -122,10 +122,10 @@ class RunConfig:
     # How it learns.
     num_selections: int = _option(4, "training", "sampled selections per input (M), at least 2")
     grad_selections: int | None = _option(
-        None, "training", "selections with a backward pass (G); default: all M", minimum=1
+        None, "training", "selections with a backward pass (G); default: all M"
     )
     selection_chunk_size: int | None = _option(
-        None, "training", "selections in memory at once; default: G", minimum=1
+        None, "training", "selections in memory at once; default: G"
     )
     credit: str = _option(
         "sequence",

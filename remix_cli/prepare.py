@@ -152,6 +152,11 @@ def method_config(config: RunConfig) -> ReMixConfig:
     """Return the adapter's configuration, which checks its own values."""
     from remix_model import ReMixConfig
 
+    if config.routing_granularity == "sequence" and config.train_on == "all":
+        raise ValueError(
+            "routing_granularity=sequence chooses experts from the tokens before the first label, "
+            "and train_on=all labels them all: set train_on=response, or routing_granularity=token"
+        )
     names = [item.name for item in option_fields("method") if item.name != "backend"]
     values = {name: getattr(config, name) for name in names}
     for name in ("target_modules", "exclude_modules"):
@@ -228,7 +233,10 @@ def training_arguments(config: RunConfig) -> ReMixTrainingArguments:
         known = {item.name for item in fields(ReMixTrainingArguments)}
         new_name = "activation_checkpointing"
         values[new_name if new_name in known else "gradient_checkpointing"] = True
-    return ReMixTrainingArguments(**values)
+    try:
+        return ReMixTrainingArguments(**values)
+    except ValueError as error:
+        raise ValueError(str(error).replace("remix_", "")) from None  # as our options are named
 
 
 def skeleton(
