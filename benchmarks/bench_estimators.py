@@ -39,13 +39,23 @@ def show(rows: list[dict[str, object]]) -> None:
         print("  ".join(str(row[k]).rjust(w) for k, w in zip(keys, widths, strict=True)))
 
 
-def measure_variance(groups: int) -> Iterator[list[dict[str, object]]]:
+def measure_variance(
+    groups: int, all_labelled: bool, models: list[str]
+) -> Iterator[list[dict[str, object]]]:
     """Both models, one after the other; stories260k only where it is."""
-    names = [SMOLLM2] if stories260k_folder() is None else ["stories260k", SMOLLM2]
-    for name in names:
+    for name in models:
+        if name != SMOLLM2 and stories260k_folder() is None:
+            print(f"{name} is not here: set REMIX_TEST_MODELS to the folder that holds it")
+            continue
         rows: list[dict[str, object]] = []
         model, batch = partly_trained(name)
+        if all_labelled:
+            batch = {
+                **batch,
+                "labels": batch["input_ids"].masked_fill(~batch["attention_mask"].bool(), -100),
+            }
         size, length = batch["input_ids"].shape
+        share = float((batch["labels"] != -100).sum() / batch["attention_mask"].sum())
         error = variance.check(model, batch)
         print(f"{name}: gradients agree with delivered ones to {error:.1e}", flush=True)
         chunk = 32 if name == "stories260k" else 8
@@ -56,7 +66,9 @@ def measure_variance(groups: int) -> Iterator[list[dict[str, object]]]:
             chunk,
             lambda done: print(f"\r  {done} groups", end="", flush=True),
         ):
-            rows.append({"model": name, "batch": f"{size}x{length}", **row})
+            rows.append(
+                {"model": name, "batch": f"{size}x{length}", "labelled": f"{share:.2f}", **row}
+            )
         print()
         yield rows
 
@@ -91,6 +103,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--groups", type=int, default=16, help="of 32 selections, for variance")
+    parser.add_argument("--all-labelled", action="store_true", help="variance of plain text")
+    parser.add_argument("--models", nargs="+", default=["stories260k", SMOLLM2])
     parser.add_argument("--seeds", type=int, default=5, help="for planted")
     parser.add_argument("--most", type=int, default=1000, help="steps of planted")
     parser.add_argument(
@@ -102,7 +116,7 @@ def main() -> None:
     for part in args.parts:
         print(f"\n== {part}", flush=True)
         if part == "variance":
-            measured = measure_variance(args.groups)
+            measured = measure_variance(args.groups, args.all_labelled, args.models)
         elif part == "steps":
             measured = iter([cost.steps(args.rounds)])
         elif part == "prefix":

@@ -71,14 +71,16 @@ def interleaved(
     return {name: Timing(values) for name, values in times.items()}
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
+def peak_bytes(run: Callable[[], object], warm: bool = False) -> int:
     """The most bytes that torch held at once on the CPU during `run`, over what it held before.
 
-    From the profiler's allocation events: what torch allocates, not resident memory.
+    From the profiler's allocation events: what torch allocates, not resident memory. `warm`: it has
+    run before.
     """
     from torch.profiler import ProfilerActivity, profile
 
-    run()
+    if not warm:
+        run()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()

@@ -128,16 +128,16 @@ class RunConfig:
         None, "training", "selections in memory at once; default: G"
     )
     credit: str = _option(
-        "sequence",
+        "causal",
         "training",
-        "losses a choice answers for: all of its sequence, or those after it",
-        ("sequence", "causal"),
+        "losses a choice answers for: those after it, or all of its sequence (the paper's)",
+        ("causal", "sequence"),
     )
     log_prob: str = _option(
-        "ordered",
+        "unordered",
         "training",
-        "of a selection: of the draw, or of the set",
-        ("ordered", "unordered"),
+        "of a selection: of the set, or of the draw (the paper's)",
+        ("unordered", "ordered"),
     )
     logprob_tokens: str = _option(
         "all", "training", "positions that are sampled", ("all", "response")

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from remix_model.architecture import check_decoder, unwrapped
 from remix_model.granularity import given_prompt
-from remix_model.site import RoutedModule, check_decoder
+from remix_model.site import RoutedModule
 
 
 def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -76,15 +77,8 @@ def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model that DDP and its like wrap."""
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
-        model = model.module
-    return model
-
-
 def _head(model: nn.Module) -> nn.Module:
-    find = getattr(_unwrapped(model), "get_output_embeddings", None)
+    find = getattr(unwrapped(model), "get_output_embeddings", None)
     head = find() if callable(find) else None
     if head is None:
         raise ValueError(
@@ -95,7 +89,7 @@ def _head(model: nn.Module) -> nn.Module:
 
 
 def _check_length(model: nn.Module, length: int) -> None:
-    limit = getattr(getattr(_unwrapped(model), "config", None), "max_position_embeddings", None)
+    limit = getattr(getattr(unwrapped(model), "config", None), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise ValueError(
             f"a sequence of {length} tokens is longer than the model's {limit} positions; shorten "

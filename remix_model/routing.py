@@ -11,9 +11,10 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from remix_model.architecture import check_causal, check_decoder
 from remix_model.options import SamplingOptions
 from remix_model.prefix import shared_prefix
-from remix_model.site import check_causal, check_decoder, find_sites
+from remix_model.site import find_sites
 from remix_model.state import RoutingState
 
 

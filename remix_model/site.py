@@ -428,35 +428,3 @@ def find_sites(model: nn.Module) -> dict[str, RoutingSite]:
             "ReMixConfig(...)) or put RoutedLoRALinear modules into it"
         )
     return sites
-
-
-def check_causal(model: nn.Module) -> None:
-    """Raise ValueError for a model in which a position sees later ones, as far as it says so."""
-    config = getattr(_unwrapped(model), "config", None)
-    name = next(
-        (name for name, part in model.named_modules() if getattr(part, "is_causal", True) is False),
-        "use_bidirectional_attention"
-        if getattr(config, "use_bidirectional_attention", None) is True
-        else None,
-    )
-    if name is not None:
-        raise ValueError(
-            f"credit='causal' charges a decision with later losses only, and {name} of "
-            f"{type(model).__name__} attends to later positions too; use credit='sequence'"
-        )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module  # type: ignore[assignment]
-    return model
-
-
-def check_decoder(model: nn.Module) -> None:
-    """Raise ValueError for an encoder-decoder: its routed rows are not one sequence's positions."""
-    model = _unwrapped(model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model; routers are trained in "
-            "decoder-only language models (with frozen routers, train it with any trainer)"
-        )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from remix_model.architecture import unwrapped
 from remix_model.site import find_sites
 
 if TYPE_CHECKING:
@@ -183,9 +184,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
     """
     recorder = RoutingRecorder(model)
     # PEFT's generate() calls the model inside, so that is where every pass comes by.
-    inner = model
-    while isinstance(getattr(inner, "module", None), nn.Module):
-        inner = inner.module  # type: ignore[assignment]
+    inner = unwrapped(model)
     if callable(getattr(inner, "get_base_model", None)):
         inner = inner.get_base_model()  # type: ignore[operator]
     hooks = [

@@ -104,7 +104,7 @@ def steps(rounds: int) -> list[dict[str, object]]:
     runs = {name: step(model, batch, m, **options) for name, (m, _, options) in cases.items()}
     runs["M1"] = frozen(model, runs["M1"])
     times = interleaved(runs, rounds, warmup=1)
-    peaks = {name: peak_bytes(run) for name, run in runs.items()}
+    peaks = {name: peak_bytes(run, warm=True) for name, run in runs.items()}
     rows: list[dict[str, object]] = []
     for name, (m, g, options) in cases.items():
         base = {1: "M1", 32: "M2-G2"}.get(m, f"M{m}-G{m}")
@@ -149,7 +149,7 @@ def prefixes(rounds: int, m: int = 4) -> list[dict[str, object]]:
                 remix_model.routing.shared_prefix = original
 
         times = interleaved({"unshared": unshared, "shared": run}, rounds, warmup=1)
-        peaks = {"unshared": peak_bytes(unshared), "shared": peak_bytes(run)}
+        peaks = {"unshared": peak_bytes(unshared, True), "shared": peak_bytes(run, True)}
         rows.append(
             {
                 "first_block": first,

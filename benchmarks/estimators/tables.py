@@ -24,7 +24,9 @@ def table(head: list[str], body: list[list[str]]) -> list[str]:
 
 def estimator_figures() -> str:
     """The section of docs/estimators.md."""
-    variance = rows_of("estimators_variance", "model", "M", "credit", "log_prob", "graph")
+    variance = rows_of(
+        "estimators_variance", "model", "labelled", "M", "credit", "log_prob", "graph"
+    )
     steps = {row["case"]: row for row in rows_of("estimators_steps", "case")}
     prefix = rows_of("estimators_prefix", "first_block")
     planted = rows_of("estimators_planted", "estimator", "M", "learning_rate")
@@ -40,15 +42,17 @@ def estimator_figures() -> str:
     ]
     sizes = sorted({int(row["M"]) for row in variance})
     body = []
-    for model in dict.fromkeys(row["model"] for row in variance):
-        ours = [row for row in variance if row["model"] == model]
+    for model, share in dict.fromkeys((row["model"], row["labelled"]) for row in variance):
+        ours = [row for row in variance if (row["model"], row["labelled"]) == (model, share)]
         for key in dict.fromkeys((r["credit"], r["log_prob"], r["graph"]) for r in ours):
             if key[0] == "sequence" and key[2] != "all":
                 continue
             found = {int(r["M"]): r["over_paper"] for r in ours if _key(r) == key}
             name = f"{key[0]}, {key[1]}" + ("" if key[2] == "all" else ", G=1")
-            body.append([model, name, *(f"{float(found[m]):.2f}" for m in sizes)])
-    lines += table(["model", "estimator", *(f"M={m}" for m in sizes)], body)
+            body.append(
+                [model, f"{float(share):.0%}", name, *(f"{float(found[m]):.2f}" for m in sizes)]
+            )
+    lines += table(["model", "labelled", "estimator", *(f"M={m}" for m in sizes)], body)
     lines += [
         f"**A SmolLM2-135M step** ({where['shape']}; peak: what torch holds during the step over",
         "what it held before; last column: parameters included, over a step with M = 1 and frozen",
@@ -118,7 +122,7 @@ def _variance_times_cost(
     found = {
         (*_key(row), row["M"]): float(row["variance"])
         for row in variance
-        if row["model"].startswith("smollm2")
+        if row["model"].startswith("smollm2") and float(row["labelled"]) < 1
     }
     if not found:
         return []

@@ -78,7 +78,8 @@ def test_recording_around_a_trainer(make_trainer):
 
 def test_loss_spread_and_norms_by_hand(make_trainer, make_remix, make_llama):
     """The first step's numbers from sample_routing itself."""
-    trainer = make_trainer(max_steps=1, max_grad_norm=1e6)
+    paper = {"remix_credit": "sequence", "remix_log_prob": "ordered"}
+    trainer = make_trainer(max_steps=1, max_grad_norm=1e6, **paper)
     batches = []
     step = trainer.training_step
     trainer.training_step = lambda model, inputs, *a: (

@@ -43,6 +43,7 @@ def test_forward_only_selections_train_routers_alike(
     """After one step routers are where all graphs would have put them, LoRAs are not."""
     make = make_trainer, make_remix, make_llama
     settings = {"max_steps": 1, "learning_rate": 1e-3, "optim": "sgd", "max_grad_norm": 0.0}
+    settings["remix_credit"] = "sequence"  # causal credit would take blocks of positions
     all_graphs, _ = trained(*make, **settings)
     one_graph, trainer = trained(*make, remix_grad_selections=1, **settings)
     routers = [name for name in all_graphs if "router" in name]
@@ -126,6 +127,7 @@ def test_loss_scale_reaches_the_parts(make_trainer, monkeypatch):
 
 def test_defaults():
     options = ReMixTrainingArguments(output_dir="unused").sampling_options()
+    assert (options.credit, options.log_prob) == ("causal", "unordered")
     assert options.advantage_norm == "none"
     assert options.router_entropy_coef == options.load_balancing_coef == 0.0
     assert options.temperature == 1.0
