@@ -1,7 +1,7 @@
 """An estimate of training memory, from the model's shapes; selections multiply the activations.
 
     weights       bytes of all parameters
-    gradients     trainable parameters x their bytes
+    gradients     trainable parameters x their bytes, twice where chunks are held (held.py)
     optimizer     trainable parameters x 8 (AdamW's two fp32 moments)
     activations   rows x (layers x c + 2 h) x bytes an element, rows = m x batch x tokens, with m
                   selections at once: M, or as grad_selections and selection_chunk_size say
@@ -57,6 +57,7 @@ def estimate_memory(
     *,
     selections_at_once: int,
     router_blocks: int,
+    held_gradients: bool,
     batch_size: int,
     tokens: int,
     labelled_tokens: int,
@@ -71,6 +72,7 @@ def estimate_memory(
         model: With adapters; its parameters may be on the meta device.
         selections_at_once: Selections whose graph is in memory together.
         router_blocks: Blocks of positions for which sums are kept; 0 where all run in one part.
+        held_gradients: Whether parts are backpropagated before the last: gradients stand twice.
         batch_size: Sequences in one pass, before selections multiply them.
         tokens: Of the longest sequence.
         labelled_tokens: Of the sequence with the most.
@@ -97,7 +99,7 @@ def estimate_memory(
     trainable = [p for p in model.parameters() if p.requires_grad]
     return MemoryEstimate(
         weights=sum(p.numel() * p.element_size() for p in model.parameters()),
-        gradients=sum(p.numel() * p.element_size() for p in trainable),
+        gradients=(1 + held_gradients) * sum(p.numel() * p.element_size() for p in trainable),
         optimizer=8 * sum(p.numel() for p in trainable),
         activations=activations,
         logits=logits,

@@ -18,7 +18,7 @@ from remix_cli.prepare import prepare, quiet_libraries, skeleton
 from remix_cli.run_folder import resolve_config
 from remix_model.eligibility import CAUSAL_BLOCKS
 from remix_model.parts import plan_parts
-from remix_model.site import find_sites
+from remix_model.site import RoutedModule
 
 
 def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
@@ -37,17 +37,17 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     elif device != "cpu":
         dtype = getattr(torch, str(model_config.dtype).removeprefix("torch."), dtype)
     model = skeleton(config, model_config, plan.adapter, dtype)
-    sites = find_sites(model)
     steps = train_args.max_steps
     if steps <= 0:
         accumulated = config.per_device_train_batch_size * config.gradient_accumulation_steps
         steps = math.ceil(math.ceil(len(rows) / accumulated) * config.num_train_epochs)
-    kinds = sorted({name.rsplit(".", 1)[-1] for name in sites})
+    linears = [name for name, part in model.named_modules() if isinstance(part, RoutedModule)]
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
     parameters = list(model.parameters())
     print_facts(
         f"Model: {config.model}",
         [
-            ("adapted linears", f"{len(sites)} ({', '.join(kinds)})"),
+            ("adapted linears", f"{len(linears)} ({', '.join(kinds)})"),
             ("total parameters", sum(p.numel() for p in parameters)),
             ("trainable parameters", sum(p.numel() for p in parameters if p.requires_grad)),
             ("activated parameters", model.base_model.activated_parameters()),
@@ -60,17 +60,18 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     with_graph = options.grad_selections or options.num_selections
     at_once = min(options.selection_chunk_size or with_graph, with_graph)
     blocks = 1 if options.credit == "sequence" else CAUSAL_BLOCKS
-    parts_of_step = plan_parts(
+    plan_of_step = plan_parts(
         options.num_selections, with_graph, options.selection_chunk_size, exact=blocks == 1
     )
     estimate = estimate_memory(
         model,
         selections_at_once=at_once,
-        router_blocks=blocks if len(parts_of_step) > 1 else 0,
+        router_blocks=blocks if any(part.collect for part in plan_of_step) else 0,
         batch_size=config.per_device_train_batch_size,
         tokens=max(len(row["input_ids"]) for row in rows),
         labelled_tokens=max(sum(label != -100 for label in row["labels"]) for row in rows),
-        experts_width=len(sites) * config.num_experts * (config.r + 2),
+        experts_width=len(linears) * config.num_experts * (config.r + 2),
+        held_gradients=any(part.grad and not part.last for part in plan_of_step),
         gradient_checkpointing=config.gradient_checkpointing,
         activation_bytes=2 if config.bf16 or dtype.itemsize == 2 else 4,
         on_cpu=device == "cpu",

@@ -25,6 +25,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from remix_kernels._routed import no_autocast
+
 CAUSAL_BLOCKS = 4  # of positions; more cost memory, see docs/estimators.md for what they buy
 
 
@@ -58,10 +60,11 @@ class Eligibility:
         starts = self._starts.setdefault(site, block_starts(positions, self.blocks))
         ends = [*starts[1:], positions]
         x, dlogits = x.to(dlogits.dtype), dlogits.transpose(1, 2)
-        blocks = [
-            torch.bmm(dlogits[:, :, start:end], x[:, start:end])
-            for start, end in zip(starts, ends, strict=True)
-        ]
+        with no_autocast(x.device):  # sums over many selections: fp32, whatever the pass is in
+            blocks = [
+                torch.bmm(dlogits[:, :, start:end], x[:, start:end])
+                for start, end in zip(starts, ends, strict=True)
+            ]
         passing = torch.stack(blocks, 1).unflatten(0, (-1, self.batch_size))
         before = self._passing.get(site)
         self._passing[site] = passing if before is None else before + passing

@@ -12,11 +12,11 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from remix_kernels._routed import no_autocast
 from remix_model.batch import prompt_positions, real_positions
 
 if TYPE_CHECKING:
@@ -28,12 +28,15 @@ class SequencePass:
 
     def __init__(self) -> None:
         """Nothing runs."""
-        self.prompt: Tensor | None = None  # [B, T] bool; None: unknown, all positions count
-        self.given: Tensor | None = None  # by token_losses, which takes the labels out of the batch
+        # Who knows the prompt, in the order in which they are asked; the model's own batch is last.
+        self.generating: Tensor | None = None  # [B, T] bool: what generate() was given
+        self.given: Mapping[str, Any] | None = None  # by token_losses, which keeps labels back
+        self._batch: Mapping[str, Any] | None = None
+        self._prompt: Tensor | None = None  # found in one of them, when a site first asked
         self._cache: Any = None
         self._reads = False
         self._decisions: dict[int, Tensor] = {}
-        self._kept: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
+        self._signature: inspect.Signature | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequencePass:
         """One for the copied model, with no decisions."""
@@ -47,24 +50,31 @@ class SequencePass:
         """Hear of every forward pass of a transformers model."""
         model.register_forward_pre_hook(self.enter, with_kwargs=True)
         model.register_forward_hook(self.leave, always_call=True)
+        if hasattr(type(model), "generate"):
+            model.generate = Generate(model, self)  # type: ignore[assignment]
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        batch = {**bound, **bound.get("kwargs", {})}
-        self._cache = batch.get("past_key_values")
+        if self._signature is None:
+            self._signature = inspect.signature(module.forward)
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
+        self._batch = {**bound, **bound.get("kwargs", {})}
+        self._cache = self._batch.get("past_key_values")
         self._reads = self._cache is not None and int(self._cache.get_seq_length()) > 0
-        self._decisions = {}
-        self.prompt = None if self._reads else self._find_prompt(batch)
+        self._decisions, self._prompt = {}, None
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook: the decisions go with the cache, which the model may have made itself."""
+        """Forward hook: the decisions go with the cache, which the model may have made itself.
+
+        They are an attribute of it, and so are copied when it is.
+        """
         cache = self._cache
         if cache is None and output is not None:
             cache = getattr(output, "past_key_values", None)
         if cache is not None and not self._reads:
-            self._kept[cache] = self._decisions
-        self._cache, self._reads, self._decisions, self.prompt = None, False, {}, None
+            cache.remix_decisions = (id(self), self._decisions)
+        self._batch, self._cache, self._reads = None, None, False
+        self._decisions, self._prompt = {}, None
 
     def note(self, site: RoutingSite, drawn: Tensor) -> None:
         """A site has decided, [B, k]."""
@@ -74,13 +84,24 @@ class SequencePass:
         """The decision at this cache's prefill, [B, k]; None when this pass is not decoding."""
         if not self._reads:
             return None
-        kept = self._kept.get(self._cache, {}).get(id(site))
-        if kept is None:
+        none: tuple[int, dict[int, Tensor]] = (0, {})
+        owner, decisions = getattr(self._cache, "remix_decisions", none)
+        if owner != id(self) or id(site) not in decisions:
             raise RuntimeError(
                 f"{site.name or 'a routed layer'} chooses its experts at prefill, and this cache "
                 "was not filled by this model: run the prompt through it first"
             )
-        return kept
+        return decisions[id(site)]
+
+    def prompt(self) -> Tensor | None:
+        """[B, T] bool, the real tokens of the prompt; None: unknown, all positions count.
+
+        Raises:
+            ValueError: A row has no prompt, or it cannot be told which tokens are real.
+        """
+        if self._prompt is None and self._batch is not None:
+            self._prompt = self._find_prompt(self._batch)
+        return self._prompt
 
     def _find_prompt(self, batch: Mapping[str, Any]) -> Tensor | None:
         ids = batch.get("input_ids")
@@ -88,14 +109,36 @@ class SequencePass:
         if not isinstance(ids, Tensor):
             return None
         rows, length = ids.shape[:2]
-        if self.given is not None and self.given.shape == (rows, length):
-            return self.given
-        if isinstance(batch.get("labels"), Tensor):
+        if self.generating is not None:
+            return _first_columns(self.generating, rows, length)
+        labels = batch.get("labels")
+        if self.given is not None:
+            return prompt_positions(self.given)
+        if isinstance(labels, Tensor) and labels.dim() == 2:
             return prompt_positions(batch)
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask is {list(mask.shape)}, which does not say which tokens are real; "
+                "routing_granularity='sequence' needs [B, T]"
+            )
         real = real_positions(batch)
         if real is None or real.shape[1] < length:
             return torch.ones(rows, length, dtype=torch.bool, device=ids.device)
         return real[:, -length:]
+
+
+def _first_columns(prompt: Tensor, rows: int, length: int) -> Tensor:
+    """A prompt [B, T] in a pass of [rows, length]: beams repeat rows; what follows is no prompt."""
+    if length < prompt.shape[1]:
+        raise ValueError(
+            f"a pass of {length} tokens begins a prompt of {prompt.shape[1]}: prefill_chunk_size "
+            "does not go with routing_granularity='sequence', which reads the whole prompt at once"
+        )
+    if rows % prompt.shape[0]:
+        return torch.ones(rows, length, dtype=torch.bool, device=prompt.device)
+    prompt = prompt.repeat_interleave(rows // prompt.shape[0], 0)
+    return nn.functional.pad(prompt, (0, length - prompt.shape[1]))
 
 
 @contextmanager
@@ -103,14 +146,49 @@ def given_prompt(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
     """Inside, `batch`'s labels tell where prompts end, though the model is not given them."""
     passes = [getattr(module, "sequence_pass", None) for module in model.modules()]
     found: dict[int, SequencePass] = {id(one): one for one in passes if one is not None}
-    prompt = prompt_positions(batch) if found else None
     for sequence_pass in found.values():
-        sequence_pass.given = prompt
+        sequence_pass.given = batch
     try:
         yield
     finally:
         for sequence_pass in found.values():
             sequence_pass.given = None
+
+
+class Generate:
+    """Stands before a model's generate(): its passes begin with the prompt, and go beyond it."""
+
+    def __init__(self, model: nn.Module, sequence_pass: SequencePass) -> None:
+        """An object rather than a function, so that copies of the model have one of their own."""
+        self.model = model
+        self.sequence_pass = sequence_pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        kind: Any = type(self.model)
+        before = self.sequence_pass.generating
+        self.sequence_pass.generating = _prompt_of(self.model, args, kwargs)
+        try:
+            return kind.generate(self.model, *args, **kwargs)
+        finally:
+            self.sequence_pass.generating = before
+
+
+def _prompt_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """[B, T] bool, the real tokens that generate() is given, as it tells them; None: none."""
+    names = ("inputs", "input_ids", "inputs_embeds")
+    given = (*args[:1], *(kwargs.get(name) for name in names))
+    ids = next((value for value in given if value is not None), None)
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.bool()
+    if not isinstance(ids, Tensor):
+        return None
+    own = model.generation_config
+    pad, eos = (kwargs.get(name, getattr(own, name)) for name in ("pad_token_id", "eos_token_id"))
+    if ids.dim() == 2 and pad is not None and pad not in torch.as_tensor(eos or []).view(-1):
+        return ids != pad
+    return torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
 
 
 def pool(x: Tensor, prompt: Tensor | None, name: str) -> Tensor:
@@ -142,7 +220,8 @@ def pool(x: Tensor, prompt: Tensor | None, name: str) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     weights = prompt.to(x.device, dtype)
     weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
-    return torch.bmm(weights.unsqueeze(1), x.reshape(*prompt.shape, -1).to(dtype)).squeeze(1)
+    with no_autocast(x.device):
+        return torch.bmm(weights.unsqueeze(1), x.reshape(*prompt.shape, -1).to(dtype)).squeeze(1)
 
 
 def spread_over(drawn: Tensor, lead: torch.Size) -> Tensor:

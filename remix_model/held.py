@@ -52,6 +52,7 @@ class HeldGradients:
         By a hook on each parameter, which runs where its gradient arrives: before DDP reduces it,
         and once, whatever segments re-entrant checkpointing cuts the pass into.
         """
+        self.drop_hooks()
         factor = factor / self.scale
         self._missing = dict(self._sums)
         self._factor = factor
@@ -62,13 +63,18 @@ class HeldGradients:
 
     def end(self) -> None:
         """The backward pass is over. Parameters that it did not reach get theirs now."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        for i in list(self._missing):
+        missing = list(self._missing)
+        for i in missing:
             parameter = self._parameters[i]
             own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = self._add(own, i)
+        self.drop_hooks()
+
+    def drop_hooks(self) -> None:
+        """Nothing is handed over any more; the sums stay, for another backward pass."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._missing = [], {}
 
     def _add(self, grad: Tensor, i: int) -> Tensor:
         held = self._missing.pop(i, None)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from remix_model.architecture import check_decoder, unwrapped
+from remix_model.batch import PROMPT_MASK
 from remix_model.granularity import given_prompt
 from remix_model.site import RoutedModule
 
@@ -38,7 +39,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
         raise ValueError("the batch needs labels [B, T] to compute a loss")
     check_decoder(model)
     _check_length(model, labels.shape[1])
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", PROMPT_MASK)}
     inputs.setdefault("use_cache", False)
     targets = labels[:, 1:]
     mask = targets != -100

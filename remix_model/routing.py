@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from remix_model.architecture import check_causal, check_decoder
+from remix_model.delivery import in_backward
 from remix_model.options import SamplingOptions
 from remix_model.prefix import shared_prefix
 from remix_model.site import find_sites
@@ -119,6 +120,9 @@ def sample_routing(
                 f"{name} is already inside a sample_routing context; close that one first"
             )
         site.stream = stream
+        if site.replaying is not None and not in_backward():
+            site.replaying.abort_backward()  # an error ended it
+            site.replaying = None
         site.name = name
     for site in state.sites:
         site.state = state

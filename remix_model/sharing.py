@@ -51,7 +51,8 @@ class SharedSelection:
         if self._selection is None or name not in self._waiting:
             raise RuntimeError(
                 f"{name} follows the router of {self.leader}, which has not run before it in this "
-                "pass: use router_sharing='module', or target linears that run in the model's order"
+                "pass: leave one of the two out of target_modules (attention runs in another order "
+                "than it is registered in some models), or use router_sharing='module'"
             )
         selection = self._selection
         if tuple(selection.index.shape[:-1]) != rows:

@@ -141,6 +141,12 @@ class RoutingSite:
         """A plain top-k pass ran: what a recomputation in this mode would repeat."""
         self.replaying = self.last[training] = self.last_forced[training] = None
 
+    def forget(self, state: RoutingState) -> None:
+        """`state` has its loss, and with it its backward pass says itself when it runs."""
+        for training, last in self.last.items():
+            if last is state:
+                self.last[training] = None
+
     def router_is_trained(self) -> bool:
         """Whether the layer's router takes a gradient."""
         return self.router_weight is not None and self.router_weight.requires_grad
@@ -196,7 +202,8 @@ class RoutingSite:
                 state.note(self, selection)
             elif self.sequence_pass is not None:
                 self.sequence_pass.note(self, drawn)
-            for record in self.records:
+            again = state is not None and state.part is not None and state.part.rerun
+            for record in [] if again else self.records:
                 record.add(selection)
         return selection
 
@@ -205,7 +212,7 @@ class RoutingSite:
             return None
         if state is not None:
             return state.prompt
-        return None if self.sequence_pass is None else self.sequence_pass.prompt
+        return None if self.sequence_pass is None else self.sequence_pass.prompt()
 
     def _read(
         self, x: Tensor, router: Tensor, state: RoutingState | None, prompt: Tensor | None

@@ -9,7 +9,7 @@ closes the account.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class RoutingState:
         self._grad_scale: Tensor | float = 1.0
         self._delivering = False
         self._delivered: set[int] = set()
-        self._finite: dict[str, Tensor] = {}  # by layer: a number if its router saw numbers
+        self._logit_sums: dict[str, Tensor] = {}  # by layer: a number if its router saw numbers
         self._grad_mode: bool | None = None
 
     # The batch --------------------------------------------------------------------------------
@@ -153,14 +153,26 @@ class RoutingState:
         Raises:
             RuntimeError: `add` was not called for a part.
         """
+        if self._held is not None:
+            raise RuntimeError(
+                "routing.parts was begun in this context before, and what ran then would count "
+                "twice: open another context"
+            )
         self._held = HeldGradients(
             (p for p in self._model.parameters() if p.requires_grad), loss_scale
         )
         self._grad_mode = torch.is_grad_enabled()
+        noise: dict[
+            int, list[Tensor]
+        ] = {}  # what dropout drew a part's from: run again, it has to draw the same
         try:
             for part in self._plan:
                 torch.set_grad_enabled(self._grad_mode and part.grad)
                 with ExitStack() as stack:
+                    if part.rerun:
+                        stack.enter_context(_random_state(noise[part.first]))
+                    else:
+                        noise[part.first] = _get_random_state()
                     if part.grad and not part.last and hasattr(self._model, "no_sync"):
                         stack.enter_context(self._model.no_sync())  # type: ignore[operator]
                     yield self._enter(part, batch)
@@ -189,7 +201,7 @@ class RoutingState:
         if len(self._plan) > 1:
             self.selections = {}
         self.advantages = None
-        self._finite.clear()
+        self._logit_sums.clear()
         if self._eligibility is None:
             self._eligibility = Eligibility(self.batch_size, self._blocks)
         self.valid = _repeat(real_positions(batch), part.count)
@@ -223,7 +235,7 @@ class RoutingState:
             )
         losses = self._ledger.enter(part, token_losses, mask, self.folded_batch_size)
         detached = losses.detach()
-        self._ledger.check_finite(part, detached, self._finite)
+        self._ledger.check_finite(part, detached, self._logit_sums)
         if part.collect:
             assert self._eligibility is not None
             self._eligibility.absorb(self._ledger.spread(detached))
@@ -265,6 +277,7 @@ class RoutingState:
         if token_losses is not None:
             self.add(token_losses, mask)
         ledger, graph, part = self._ledger, self._graph, self.part
+        self._graph = None  # or state and graph would keep each other alive
         if graph is None or ledger.labels is None or part is None:
             raise RuntimeError(
                 f"{len(ledger)} of {self.num_selections} selections have losses: call routing.add "
@@ -283,7 +296,8 @@ class RoutingState:
         loss = graph * self._num_items_scale
         if len(self._plan) > 1:  # the value of all, the gradient of those with a graph
             loss = loss + (mean - loss.detach())
-        self._graph = None  # which the loss keeps alive, as long as it lives
+        for site in self.sites:
+            site.forget(self)
         return LossTap.apply(loss, self)
 
     def _backward_now(self, part: Part, loss: Tensor) -> None:
@@ -316,6 +330,12 @@ class RoutingState:
         for site in self.sites:
             site.end_backward()
 
+    def abort_backward(self) -> None:
+        """No backward pass runs any more: what one that raised has left is taken away."""
+        self._delivering = False
+        if self._held is not None:
+            self._held.drop_hooks()
+
     def drawn_at(self, site: RoutingSite) -> list[Tensor]:
         """The selections that a site drew in this state, one a forward pass."""
         stream = self.streams.get(id(site))
@@ -325,7 +345,7 @@ class RoutingState:
         """A site has drawn. `selection` holds what its score needs."""
         stream = self.streams[id(site)]
         self.selections.setdefault(stream, []).append(selection.drawn)
-        self._finite.setdefault(site.name, selection.logits.sum())
+        self._logit_sums.setdefault(site.name, selection.logits.sum())
         if self.part is None or not self.part.collect or not site.router_is_trained():
             return
         assert self._eligibility is not None
@@ -447,3 +467,26 @@ class RoutingState:
 
 def _repeat(mask: Tensor | None, count: int) -> Tensor | None:
     return None if mask is None else mask.repeat(count, 1)
+
+
+def _get_random_state() -> list[Tensor]:
+    """torch's generators: the processor's, and those of all GPUs in use."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *gpus]
+
+
+@contextmanager
+def _random_state(state: list[Tensor]) -> Iterator[None]:
+    """Inside, torch's generators go on from `state`; afterwards from where they were."""
+    before = _get_random_state()
+    _set_random_state(state)
+    try:
+        yield
+    finally:
+        _set_random_state(before)
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 
 import pytest
 import torch
 from torch import nn
 
-from remix_model import RoutedLoRALinear, force_selection, sample_routing, token_losses
+from remix_model import (
+    RoutedLoRALinear,
+    force_selection,
+    record_routing,
+    sample_routing,
+    token_losses,
+)
 from remix_model.batch import prompt_positions
 from remix_model.credit import advantage_scale, causal_returns, leave_one_out
 from remix_model.eligibility import CAUSAL_BLOCKS, block_starts
 from remix_model.granularity import pool
 from remix_model.parts import plan_parts
 from remix_model.site import find_sites
+from remix_model.state import RoutingState
 from tests.helpers import selection_log_prob_eager
 
 
@@ -593,3 +601,115 @@ def test_the_layer_of_a_later_part_is_named(make_remix, make_batch):
             with pytest.raises(NonFiniteError, match=f"input 0 under selection 1 .* is {third}"):
                 routing.add(losses, mask)
             break
+
+
+# What a review found ------------------------------------------------------------------------------
+
+
+def test_chunks_that_run_twice_draw_the_same_dropout(make_llama, make_remix, make_batch):
+    """The losses of the first run are those of the second: the same noise, so the same draws."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 32}
+    model = make_remix(GPT2LMHeadModel(GPT2Config(**sizes)).double()).train()
+    drawn = {}
+    options = {"credit": "causal", "selection_chunk_size": 1, "seed": 0}
+    with sample_routing(model, 3, **options) as routing:
+        for part in routing.parts(make_batch()):
+            losses, mask = token_losses(model, part)
+            routing.add(losses, mask)
+            draws = [calls[0] for calls in routing.selections.values()]
+            drawn.setdefault(routing.part.first, []).append((losses.detach(), draws))
+            torch.rand(1)  # the user's own noise changes nothing
+        routing.loss()
+    for (first, draws), (second, again) in drawn.values():
+        torch.testing.assert_close(second, first)
+        assert all(torch.equal(a, b) for a, b in zip(draws, again, strict=True))
+    assert not torch.equal(drawn[0][0][0], drawn[1][0][0])
+
+
+@pytest.mark.parametrize("options", [{"grad_selections": 1}, {"selection_chunk_size": 1}], ids=str)
+def test_sums_are_precise_under_autocast(options, make_llama, make_remix, make_batch, assert_same):
+    """bf16 activations, fp32 sums: many selections do not round each other away."""
+    batch, grads = make_batch(), []
+    for chosen in ({}, options):
+        model = make_remix(make_llama(dtype=torch.float32)).train()
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            sample_routing(model, 12, seed=5, **chosen) as routing,
+        ):
+            for part in routing.parts(batch):
+                routing.add(*token_losses(model, part))
+            loss = routing.loss()
+        loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if "router" in n})
+    assert_same(grads[1], grads[0], 1e-4)
+
+
+def test_a_backward_pass_that_raised_leaves_nothing(
+    make_remix, make_batch, take_grads, assert_same
+):
+    """A loop that skips a failed step (out of memory, say) goes on with right gradients."""
+    model, batch = make_remix().train(), make_batch()
+    options = {"selection_chunk_size": 1}
+    run(model, batch, **options)
+    want = take_grads(model)
+
+    def fail(grad):
+        raise KeyError("the user's own")
+
+    first = next(p for n, p in model.named_parameters() if "layers.0" in n and "lora_A" in n)
+    with sample_routing(model, 3, seed=9, **options) as routing:
+        for part in routing.parts(make_batch(seed=8)):
+            routing.add(*token_losses(model, part))
+        loss = routing.loss()
+    hook = first.register_hook(fail)
+    with pytest.raises(KeyError):
+        loss.backward()
+    hook.remove()
+    model.zero_grad()
+    run(model, batch, **options)
+    assert_same(take_grads(model), want, 1e-9)
+
+
+def test_parts_begin_once(make_remix, make_batch):
+    model, batch = make_remix().train(), make_batch()
+    with sample_routing(model, 3, grad_selections=1, seed=0) as routing:
+        for part in routing.parts(batch):
+            routing.add(*token_losses(model, part))
+            break
+        with pytest.raises(RuntimeError, match="begun in this context before"):
+            next(routing.parts(batch))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"grad_selections": 1}, {"selection_chunk_size": 1, "credit": "causal"}],
+    ids=["whole", "G1", "C1-causal"],
+)
+@pytest.mark.parametrize("backward", [True, False], ids=["trained", "thrown-away"])
+def test_nothing_outlives_a_step(backward, options, make_remix, make_batch):
+    """No state, and none of its tensors, is alive once the loss is gone."""
+    model, batch = make_remix().train(), make_batch()
+    for step in range(3):
+        with sample_routing(model, 3, seed=step, **options) as routing:
+            for part in routing.parts(batch):
+                routing.add(*token_losses(model, part))
+            loss = routing.loss()
+        if backward:
+            loss.backward()
+        del routing, part, loss
+        gc.collect()
+        alive = [o for o in gc.get_objects() if type(o) is RoutingState]
+        assert not alive
+
+
+def test_statistics_count_a_rerun_once(make_remix, make_batch):
+    model, batch = make_remix().train(), make_batch((8, 8))
+    counts = []
+    for options in ({}, {"selection_chunk_size": 1, "credit": "causal"}):
+        with record_routing(model) as record:
+            run(model, batch, **options)
+        counts.append([layer.tokens for layer in record.stats().layers])
+    assert counts[0] == counts[1] == [3 * 16] * 6

@@ -264,3 +264,100 @@ def test_recomputation_reads_the_same_prompt(
         {n: g for n, g in grads[0].items() if "lora" in n},
         1e-9,
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_beams": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_way_to_generate_decides_from_the_prompt(options, make_remix):
+    """Each decodes as its token-routed twin would with the prompt's experts forced."""
+    model = make_remix(
+        routing_granularity="sequence", num_experts=8, top_k=1, router_init_range=2.0
+    ).eval()
+    ids = torch.randint(3, 64, (1, 7), generator=torch.Generator().manual_seed(3))
+    plain = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    chosen, modules, hooks = {}, dict(model.named_modules()), []
+    for name, site in find_sites(model).items():
+
+        def keep(layer, args, site=site, name=name):
+            pooled = args[0][:, :7].mean(1)
+            top = (pooled @ layer.remix_router["default"].T).topk(1).indices
+            chosen.setdefault(name, top[0])
+
+        hooks.append(modules[name].register_forward_pre_hook(keep))
+    with torch.no_grad():
+        model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    with force_selection(model, chosen):
+        want = model.generate(input_ids=ids, **plain, **options)
+    assert torch.equal(model.generate(input_ids=ids, **plain, **options), want)
+    left = nn.functional.pad(ids, (4, 0), value=9)
+    mask = nn.functional.pad(torch.ones_like(ids), (4, 0))
+    if "prompt_lookup_num_tokens" not in options:  # which would look into the padding
+        got = model.generate(input_ids=left, attention_mask=mask, **plain, **options)
+        assert torch.equal(got[:, 4:], want)
+
+
+def test_chunked_prefill_is_refused(model, make_batch):
+    ids = make_batch((9, 9))["input_ids"]
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(input_ids=ids, max_new_tokens=3, prefill_chunk_size=4, pad_token_id=0)
+
+
+def test_prompt_mask_beside_labels(model, make_batch):
+    """Labels everywhere, and the prompt said by hand."""
+    batch = make_batch((8, 8), prompt=0)
+    batch["prompt_mask"] = torch.arange(8).expand(2, 8) < 3
+    other = {**batch, "labels": batch["labels"].clone()}
+    other["labels"][:, :3] = -100
+    del other["prompt_mask"]
+    with torch.no_grad():
+        want, _ = token_losses(model, other)
+        got, _ = token_losses(model, batch)
+        torch.testing.assert_close(got[:, 3:], want[:, 3:])
+        with sample_routing(model, 2, seed=0) as routing:
+            routing.loss(*token_losses(model, routing.expand(batch)))
+
+
+def test_a_pass_that_routes_nothing_needs_no_prompt(model, make_batch):
+    batch = make_batch((8, 8), prompt=0)
+    with torch.no_grad(), model.disable_adapter():
+        model(**batch)
+    with pytest.raises(ValueError, match="no prompt"), torch.no_grad():
+        model(**batch)
+
+
+def test_labels_of_whole_sequences(make_remix):
+    """Not of tokens: all real tokens are read."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, vocab_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    model = make_remix(LlamaForSequenceClassification(config), routing_granularity="sequence")
+    ids = torch.randint(3, 64, (2, 6))
+    with torch.no_grad():
+        assert model(input_ids=ids, labels=torch.tensor([0, 2])).loss.isfinite()
+
+
+def test_a_copied_cache_keeps_its_decisions(model, make_batch):
+    ids = make_batch((9, 9))["input_ids"]
+    cache = logits_of(model, ids[:, :6], use_cache=True).past_key_values
+    copied = copy.deepcopy(cache)
+    want = logits_of(model, ids[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(logits_of(model, ids[:, 6:], past_key_values=copied).logits, want)
+
+
+def test_a_mask_that_does_not_say_what_is_real(model, make_batch):
+    ids = make_batch((6, 6))["input_ids"]
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 1, 6, 6\].*needs \[B, T\]"):
+        logits_of(model, ids, torch.ones(2, 1, 6, 6))
