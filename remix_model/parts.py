@@ -28,24 +28,36 @@ class Part:
     last: bool = False  # backward on the state's loss goes through this one
 
 
+FORWARD_AT_ONCE = 4  # forward-only selections for each with a graph
+
+
 def plan_parts(
-    num_selections: int, grad_selections: int, chunk_size: int | None, *, exact: bool
+    num_selections: int,
+    grad_selections: int,
+    chunk_size: int | None,
+    *,
+    exact: bool,
+    checkpointed: bool = False,
 ) -> list[Part]:
     """The parts of one batch, in the order in which they run.
 
     Args:
         num_selections: M.
         grad_selections: G, from 1 to M.
-        chunk_size: C, at least 1; None: G. It need not divide: the last part of a kind is smaller.
+        chunk_size: C, at least 1; it need not divide: the last part of a kind is smaller. None:
+            G with a graph, and four times as many without, which need less memory: one layer's
+            activations and the logits.
         exact: Whether eligibilities give the very gradient that delivery would.
+        checkpointed: Whether graphs hold little more than logits: then G without one, too.
     """
     size = chunk_size or grad_selections
+    forward = chunk_size or grad_selections * (1 if checkpointed else FORWARD_AT_ONCE)
     whole = [
         (first, min(size, grad_selections - first)) for first in range(0, grad_selections, size)
     ]
     parts = [
-        Part(first, min(size, num_selections - first), grad=False, collect=True)
-        for first in range(grad_selections, num_selections, size)
+        Part(first, min(forward, num_selections - first), grad=False, collect=True)
+        for first in range(grad_selections, num_selections, forward)
     ]
     again = len(whole) > 1 and not exact
     if again:

@@ -65,7 +65,11 @@ class RoutingState:
         self._model = model
         exact = options.credit == "sequence" and all(site.detached for site in self.sites)
         self._plan = plan_parts(
-            self.num_selections, self.grad_selections, options.selection_chunk_size, exact=exact
+            self.num_selections,
+            self.grad_selections,
+            options.selection_chunk_size,
+            exact=exact,
+            checkpointed=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
         )
         blocks = 1 if options.credit == "sequence" else CAUSAL_BLOCKS
         self._blocks = blocks

@@ -18,7 +18,7 @@ class ReMixArguments:
             routers.
         remix_grad_selections: G of them keep a graph for the backward pass; the others run without
             and still train the routers. None: all.
-        remix_selection_chunk_size: Selections in memory at once. None: as many as keep a graph.
+        remix_selection_chunk_size: Selections in memory at once, see `sample_routing`.
         remix_credit: As in `sample_routing`, but "causal" by default: as unbiased as the paper's
             "sequence", with about half the variance at the same cost.
         remix_log_prob: As in `sample_routing`, but "unordered" by default: as unbiased as the

@@ -64,8 +64,10 @@ def run(model, batch, num_items=None, scale=1.0, loss_scale=1.0, **options):
 )
 def test_plan(m, g, c, exact):
     plan = plan_parts(m, g, c, exact=exact)
-    size = c or g
-    assert all(1 <= part.count <= size for part in plan)
+    assert all(1 <= part.count <= (c or (g if part.grad else 4 * g)) for part in plan)
+    assert all(
+        part.count <= (c or g) for part in plan_parts(m, g, c, exact=exact, checkpointed=True)
+    )
     counted = [
         s for part in plan if not part.rerun for s in range(part.first, part.first + part.count)
     ]
@@ -439,7 +441,7 @@ def test_temperature_is_that_of_another_policy(make_remix, make_batch, take_grad
 
 def test_parts_refuse(make_remix, make_batch):
     model, batch = make_remix().train(), make_batch()
-    cut = r"grad_selections=1.*4 parts.*routing\.parts"
+    cut = r"grad_selections=1.*2 parts.*routing\.parts"
     with (
         sample_routing(model, 4, grad_selections=1, seed=0) as routing,
         pytest.raises(RuntimeError, match=cut),
