@@ -102,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", default=(), help="of steps; default: all")
     parser.add_argument("--groups", type=int, default=16, help="of 32 selections, for variance")
     parser.add_argument("--all-labelled", action="store_true", help="variance of plain text")
     parser.add_argument("--models", nargs="+", default=["stories260k", SMOLLM2])
@@ -118,7 +119,7 @@ def main() -> None:
         if part == "variance":
             measured = measure_variance(args.groups, args.all_labelled, args.models)
         elif part == "steps":
-            measured = iter([cost.steps(args.rounds)])
+            measured = iter([cost.steps(args.rounds, args.cases)])
         elif part == "prefix":
             measured = iter([cost.prefixes(args.rounds)])
         else:

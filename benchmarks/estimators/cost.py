@@ -10,7 +10,7 @@ M = 1 is a step with frozen routers: the least that any step of this model takes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -76,8 +76,8 @@ def frozen(model: nn.Module, run: Callable[[], None]) -> Callable[[], None]:
     return without
 
 
-def steps(rounds: int) -> list[dict[str, object]]:
-    """Rows of M, G, credit, seconds, peak MiB, and their ratios."""
+def steps(rounds: int, only: Sequence[str] = ()) -> list[dict[str, object]]:
+    """Rows of M, G, credit, seconds, peak MiB, and their ratios; `only` some of the cases."""
     model, batch = build(), batch_of()
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     cases: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -101,13 +101,16 @@ def steps(rounds: int) -> list[dict[str, object]]:
         "M32-G1": (32, 1, {"grad_selections": 1}),
         "M32-G1-causal-unordered": (32, 1, {"grad_selections": 1, **BEST}),
     }
+    if only:
+        kept = {"M1", *only, *(_base(cases[name][0]) for name in only)}
+        cases = {name: case for name, case in cases.items() if name in kept}
     runs = {name: step(model, batch, m, **options) for name, (m, _, options) in cases.items()}
     runs["M1"] = frozen(model, runs["M1"])
     times = interleaved(runs, rounds, warmup=1)
     peaks = {name: peak_bytes(run, warm=True) for name, run in runs.items()}
     rows: list[dict[str, object]] = []
     for name, (m, g, options) in cases.items():
-        base = {1: "M1", 32: "M2-G2"}.get(m, f"M{m}-G{m}")
+        base = _base(m)
         rows.append(
             {
                 "case": name,
@@ -128,6 +131,11 @@ def steps(rounds: int) -> list[dict[str, object]]:
             }
         )
     return rows
+
+
+def _base(m: int) -> str:
+    """What a case is held to: all selections with a graph; M = 2 for M = 32."""
+    return {1: "M1", 32: "M2-G2"}.get(m, f"M{m}-G{m}")
 
 
 def prefixes(rounds: int, m: int = 4) -> list[dict[str, object]]:
