@@ -20,7 +20,7 @@ class ReMixArguments:
             and still train the routers. None: all.
         remix_selection_chunk_size: Selections in memory at once, see `sample_routing`.
         remix_credit: As in `sample_routing`, but "causal" by default: as unbiased as the paper's
-            "sequence", with about half the variance at the same cost.
+            "sequence", with less variance at the same cost (docs/estimators.md).
         remix_log_prob: As in `sample_routing`, but "unordered" by default: as unbiased as the
             paper's "ordered", and never noisier.
         remix_logprob_tokens: As in `sample_routing`.
