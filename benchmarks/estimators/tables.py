@@ -84,7 +84,7 @@ def estimator_figures() -> str:
         for r in prefix
     ]  # fmt: skip
     head = ["first adapted of 30 blocks", "unshared s", "shared s", "time over", "peak over"]
-    lines += table(head, body)
+    lines += table(head, body) if prefix else ["Not measured yet.", ""]
     lines += [
         "**Steps until a router alone finds the right experts** for 95 % of 16 types of token",
         "(n=8, k=2, frozen specialists, Adam): median over seeds, each at its best learning rate.",
