@@ -69,10 +69,10 @@ class RoutingState:
             self.grad_selections,
             options.selection_chunk_size,
             exact=exact,
-            checkpointed=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
+            checkpointed=self.grad_selections < self.num_selections
+            and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
         )
-        blocks = 1 if options.credit == "sequence" else CAUSAL_BLOCKS
-        self._blocks = blocks
+        self._blocks = 1 if options.credit == "sequence" else CAUSAL_BLOCKS
         self._eligibility: Eligibility | None = None
         self._held: HeldGradients | None = None
         self._ledger = Ledger(options.num_selections, options.credit, options.advantage_norm)
@@ -166,16 +166,16 @@ class RoutingState:
             (p for p in self._model.parameters() if p.requires_grad), loss_scale
         )
         self._grad_mode = torch.is_grad_enabled()
-        noise: dict[
-            int, list[Tensor]
-        ] = {}  # what dropout drew a part's from: run again, it has to draw the same
+        # Where dropout's random numbers began: a part that is run again has to draw the same.
+        noise: dict[int, list[Tensor]] = {}
+        reruns = any(part.rerun for part in self._plan)
         try:
             for part in self._plan:
                 torch.set_grad_enabled(self._grad_mode and part.grad)
                 with ExitStack() as stack:
                     if part.rerun:
                         stack.enter_context(_random_state(noise[part.first]))
-                    else:
+                    elif reruns:
                         noise[part.first] = _get_random_state()
                     if part.grad and not part.last and hasattr(self._model, "no_sync"):
                         stack.enter_context(self._model.no_sync())  # type: ignore[operator]
