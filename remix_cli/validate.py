@@ -16,8 +16,6 @@ from remix_cli.display import console, print_facts
 from remix_cli.memory import estimate_memory
 from remix_cli.prepare import prepare, quiet_libraries, skeleton
 from remix_cli.run_folder import resolve_config
-from remix_model.eligibility import CAUSAL_BLOCKS
-from remix_model.parts import plan_parts
 from remix_model.site import RoutedModule
 
 
@@ -59,14 +57,13 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     options = train_args.sampling_options()
     with_graph = options.grad_selections or options.num_selections
     at_once = min(options.selection_chunk_size or with_graph, with_graph)
-    blocks = 1 if options.credit == "sequence" else CAUSAL_BLOCKS
-    plan_of_step = plan_parts(
-        options.num_selections, with_graph, options.selection_chunk_size, exact=blocks == 1
+    plan_of_step = options.plan(
+        detached=plan.adapter.router_detach_input, checkpointed=config.gradient_checkpointing
     )
     estimate = estimate_memory(
         model,
         selections_at_once=at_once,
-        router_blocks=blocks if any(part.collect for part in plan_of_step) else 0,
+        router_blocks=options.credit_blocks if any(part.collect for part in plan_of_step) else 0,
         batch_size=config.per_device_train_batch_size,
         tokens=max(len(row["input_ids"]) for row in rows),
         labelled_tokens=max(sum(label != -100 for label in row["labels"]) for row in rows),

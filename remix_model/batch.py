@@ -3,13 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from remix_model.parts import Part
+
 PROMPT_MASK = "prompt_mask"
 _PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+@dataclass
+class FoldedPass:
+    """c of the M selections of B inputs, folded into one pass of c B sequences."""
+
+    batch_size: int  # B
+    count: int  # c
+    first: int  # the first of the c selections
+    num_selections: int  # M
+    # [c B, T] bool: real tokens, positions that draw, prompts; None: all.
+    valid: Tensor | None = None
+    sampled: Tensor | None = None
+    prompt: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        batch: Mapping[str, Any],
+        part: Part,
+        num_selections: int,
+        *,
+        response_only: bool,
+        per_sequence: bool,
+    ) -> FoldedPass:
+        """What a part makes of a batch.
+
+        Args:
+            batch: Tensors [B, ...].
+            part: Which selections.
+            num_selections: M.
+            response_only: Whether only positions that predict a label draw.
+            per_sequence: Whether prompts are read.
+
+        Raises:
+            ValueError: As `batch_size_of`; labels or prompts are missing.
+        """
+        masks = (
+            real_positions(batch),
+            predicting_positions(batch) if response_only else None,
+            prompt_positions(batch) if per_sequence else None,
+        )
+        repeated = (None if mask is None else mask.repeat(part.count, 1) for mask in masks)
+        return cls(batch_size_of(batch), part.count, part.first, num_selections, *repeated)
+
+    @property
+    def sequences(self) -> int:
+        """c * B."""
+        return self.count * self.batch_size
+
+    @property
+    def first_sequence(self) -> int:
+        """Where the pass begins in the batch folded M times."""
+        return self.first * self.batch_size
+
+    @property
+    def all_sequences(self) -> int:
+        """M * B."""
+        return self.num_selections * self.batch_size
+
+    @cached_property
+    def counted(self) -> Tensor | None:
+        """[c B * T] bool: positions whose decisions are credited; None: all."""
+        counted = self.valid
+        if self.sampled is not None:
+            counted = self.sampled if counted is None else counted & self.sampled
+        return None if counted is None else counted.reshape(-1)
+
+    def positions(self, lead: torch.Size) -> int:
+        """Routed rows a sequence has in a layer whose input is [*lead, in].
+
+        Raises:
+            ValueError: The rows are not those of the folded batch.
+        """
+        rows = lead.numel()
+        mask = self.valid if self.sampled is None else self.sampled
+        width = None if mask is None else mask.shape[1]
+        positions = rows // self.sequences
+        if rows % self.sequences or (width is not None and positions != width):
+            expected = "..." if width is None else str(width)
+            raise ValueError(
+                f"a routed layer got {list(lead)} rows while sampling; the folded batch has "
+                f"{self.sequences} sequences of {expected} positions: run the model on what "
+                "routing.expand(batch) returned, without a cache"
+            )
+        return positions
 
 
 def batch_size_of(batch: Mapping[str, Any]) -> int:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields
 
 from remix_model.credit import ADVANTAGE_NORMS, CREDITS
+from remix_model.eligibility import CAUSAL_BLOCKS
+from remix_model.parts import Part, plan_parts
 
 LOGPROB_TOKENS = ("all", "response")
 LOG_PROBS = ("ordered", "unordered")
@@ -25,6 +27,26 @@ class SamplingOptions:
     router_entropy_coef: float = 0.0
     load_balancing_coef: float = 0.0
     temperature: float = 1.0
+
+    @property
+    def credit_blocks(self) -> int:
+        """Blocks of positions that forward-only selections answer for."""
+        return 1 if self.credit == "sequence" else CAUSAL_BLOCKS
+
+    def plan(self, *, detached: bool, checkpointed: bool) -> list[Part]:
+        """The parts in which the selections run.
+
+        Args:
+            detached: Whether all routers' gradients stop at the router.
+            checkpointed: Whether activations are recomputed.
+        """
+        return plan_parts(
+            self.num_selections,
+            self.grad_selections or self.num_selections,
+            self.selection_chunk_size,
+            exact=self.credit == "sequence" and detached,
+            checkpointed=checkpointed,
+        )
 
     def check(self, prefix: str = "") -> None:
         """Raise ValueError for a value that is out of range or unknown.

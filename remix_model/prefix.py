@@ -39,7 +39,9 @@ _calls: dict[nn.Module, _Call] = {}  # where the calls of a redirected module go
 class Fold(Protocol):
     """What is folded into a pass; read anew at each."""
 
-    batch_size: int | None  # B; None before it is known
+    @property
+    def batch_size(self) -> int | None:
+        """B; None before it is known."""
 
     @property
     def pass_selections(self) -> int:

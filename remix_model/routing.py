@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from remix_model.architecture import check_causal, check_decoder
 from remix_model.delivery import in_backward
+from remix_model.forced import check_forced
 from remix_model.options import SamplingOptions
 from remix_model.prefix import shared_prefix
 from remix_model.site import find_sites
@@ -157,7 +158,7 @@ def force_selection(model: nn.Module, selections: Mapping[str, Tensor]) -> Itera
             f"{', '.join(list(sites)[:4])}, ..."
         )
     for name, index in selections.items():
-        sites[name].check_forced(name, index)
+        check_forced(name, index, sites[name].num_experts, sites[name].top_k)
     previous = {name: sites[name].forced for name in selections}
     for name, index in selections.items():
         sites[name].forced = index

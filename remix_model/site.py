@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from remix_kernels import RoutedShape, sample_top_k
 from remix_kernels._routed import cast, no_autocast
 from remix_model.delivery import DeliverRouterGradient, in_backward
+from remix_model.forced import spread_forced
 from remix_model.granularity import SequencePass, pool, spread_over
 
 if TYPE_CHECKING:
+    from remix_model.batch import FoldedPass
     from remix_model.sharing import SharedSelection
     from remix_model.state import RoutingState
     from remix_model.stats import SiteRecord
@@ -104,7 +106,13 @@ class RoutingSite:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingSite:
         """A copy of the layer starts with no context and no saved selections."""
-        copied = self._bare()
+        copied = RoutingSite(
+            self.num_experts,
+            self.top_k,
+            self.temperature,
+            detached=self.detached,
+            per_sequence=self.per_sequence,
+        )
         copied.warned = memo.setdefault(-id(self.warned), [False])  # one flag for the copies too
         copied.sequence_pass = deepcopy(self.sequence_pass, memo)
         copied.shared = deepcopy(self.shared, memo)
@@ -115,15 +123,6 @@ class RoutingSite:
         kept = {name: getattr(self, name) for name in ("warned", "sequence_pass", "shared")}
         kept |= {"detached": self.detached, "per_sequence": self.per_sequence}
         return RoutingSite, (self.num_experts, self.top_k, self.temperature), kept
-
-    def _bare(self) -> RoutingSite:
-        return RoutingSite(
-            self.num_experts,
-            self.top_k,
-            self.temperature,
-            detached=self.detached,
-            per_sequence=self.per_sequence,
-        )
 
     def is_idle(self) -> bool:
         """Whether a pass is the plain top k: nothing draws, forces, records, shares, recomputes."""
@@ -211,7 +210,7 @@ class RoutingSite:
         if not self.per_sequence:
             return None
         if state is not None:
-            return state.prompt
+            return state.folded_pass().prompt
         return None if self.sequence_pass is None else self.sequence_pass.prompt()
 
     def _read(
@@ -279,28 +278,6 @@ class RoutingSite:
         """The backward pass is over."""
         self.replaying, self.ambiguous = None, False
 
-    def check_forced(self, name: str, index: Tensor) -> None:
-        """Raise ValueError unless `index` names top_k distinct experts in every row."""
-        if not isinstance(index, Tensor):
-            raise TypeError(
-                f"the selection for {name} is a {type(index).__name__}; it must be a tensor"
-            )
-        if index.is_floating_point() or index.dim() < 1 or index.shape[-1] != self.top_k:
-            raise ValueError(
-                f"the selection for {name} is {list(index.shape)} {index.dtype}; it must be "
-                f"integer [..., {self.top_k}]"
-            )
-        if index.numel() == 0:
-            return
-        if int(index.min()) < 0 or int(index.max()) >= self.num_experts:
-            raise ValueError(
-                f"the selection for {name} holds expert {int(index.min())} to {int(index.max())}; "
-                f"experts are numbered 0 to {self.num_experts - 1}"
-            )
-        ordered = index.sort(-1).values
-        if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-            raise ValueError(f"the selection for {name} names an expert twice in one row")
-
     def _logits(self, x: Tensor, router: Tensor, temperature: float) -> Tensor:
         """z / temperature in fp32, whatever the dtypes and whatever autocast says."""
         with no_autocast(x.device):
@@ -313,6 +290,14 @@ class RoutingSite:
             return self._forced(logits, None)
         return self._top_k(logits)
 
+    def _forced(self, logits: Tensor, folded: FoldedPass | None) -> Tensor:
+        assert self.forced is not None
+        forced = self.forced.to(device=logits.device, dtype=torch.int32)
+        if self.per_sequence and forced.dim() == 3 and forced.shape[1] == 1:
+            forced = forced.squeeze(1)
+        shape = torch.Size((*logits.shape[:-1], self.top_k))
+        return spread_forced(self.name or "this layer", forced, shape, folded)
+
     def _top_k(self, logits: Tensor) -> Tensor:
         return logits.topk(self.top_k, dim=-1).indices
 
@@ -323,36 +308,18 @@ class RoutingSite:
         the parts in which the selections run.
         """
         lead = logits.shape[:-1]
-        decisions = 1 if self.per_sequence else state.positions(lead)
+        folded = state.folded_pass()
+        decisions = 1 if self.per_sequence else folded.positions(lead)
         if self.forced is not None:
-            return self._forced(logits, state)
+            return self._forced(logits, folded)
         call = len(state.selections.get(self.stream, ()))
         seed = mix_seed(state.seed, self.stream, call)
-        offset = state.first_sequence * decisions
+        offset = folded.first_sequence * decisions
         index = sample_top_k(logits, self.top_k, seed=seed, offset=offset)
-        if state.sampled is not None and not self.per_sequence:
-            drawn = state.sampled.to(logits.device).view(*lead, 1)
+        if folded.sampled is not None and not self.per_sequence:
+            drawn = folded.sampled.to(logits.device).view(*lead, 1)
             index = torch.where(drawn, index, self._choose(logits).to(index.dtype))
         return index
-
-    def _forced(self, logits: Tensor, state: RoutingState | None) -> Tensor:
-        """The forced experts for every decision; of M selections, those of the part that runs."""
-        assert self.forced is not None
-        shape = (*logits.shape[:-1], self.top_k)
-        forced = self.forced.to(device=logits.device, dtype=torch.int32)
-        if self.per_sequence and forced.dim() == 3 and forced.shape[1] == 1:
-            forced = forced.squeeze(1)
-        try:
-            if forced.dim() == len(shape) and forced.shape[0] not in (1, shape[0]):
-                if state is not None and forced.shape[0] == state.all_sequences:
-                    forced = forced[state.first_sequence :][: shape[0]]
-                forced = forced.repeat(shape[0] // forced.shape[0], *[1] * (forced.dim() - 1))
-            return forced.expand(shape).contiguous()
-        except RuntimeError:
-            raise ValueError(
-                f"the selection for {self.name or 'this layer'} is {list(self.forced.shape)}; it "
-                f"does not broadcast to the layer's rows, {list(shape)}"
-            ) from None
 
     def _recompute(self, x: Tensor, router: Tensor, training: bool) -> Selection:
         """What the forward pass that is being recomputed chose."""

@@ -9,26 +9,21 @@ closes the account.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from remix_kernels.ops import selection_log_prob_bwd
-from remix_model.batch import (
-    batch_size_of,
-    fold,
-    predicting_positions,
-    prompt_positions,
-    real_positions,
-)
+from remix_model.batch import FoldedPass, fold
 from remix_model.delivery import LossTap
-from remix_model.eligibility import CAUSAL_BLOCKS, Eligibility
+from remix_model.eligibility import Eligibility
 from remix_model.held import HeldGradients
 from remix_model.ledger import Ledger
 from remix_model.options import SamplingOptions
-from remix_model.parts import Part, plan_parts
+from remix_model.parts import Part
+from remix_model.random_state import get_random_state, random_state
 from remix_model.regularize import regularizer_grad
 from remix_model.site import RoutingSite, Selection
 
@@ -52,27 +47,18 @@ class RoutingState:
         self.seed = seed
         self.sites = list(sites.values())
         self.streams = {id(site): stream for stream, site in enumerate(self.sites)}
-        self.batch_size: int | None = None
-        # [c B, T] bool: real tokens, positions that draw, prompts of the part that runs; None: all.
-        self.valid: Tensor | None = None
-        self.sampled: Tensor | None = None
-        self.prompt: Tensor | None = None
+        self.folded: FoldedPass | None = None  # the pass that runs, or ran last
         self.selections: dict[int, list[Tensor]] = {}  # by stream, of the part that runs
         self.losses: Tensor | None = None  # [M, B], divided by N, for logging
         self.advantages: Tensor | None = None  # [c B, T or 1], of the part that has a graph
         self.part: Part | None = None
         self._awaiting = False  # a part was entered, and its losses are not known
         self._model = model
-        exact = options.credit == "sequence" and all(site.detached for site in self.sites)
-        self._plan = plan_parts(
-            self.num_selections,
-            self.grad_selections,
-            options.selection_chunk_size,
-            exact=exact,
+        self._plan = options.plan(
+            detached=all(site.detached for site in self.sites),
             checkpointed=self.grad_selections < self.num_selections
             and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
         )
-        self._blocks = 1 if options.credit == "sequence" else CAUSAL_BLOCKS
         self._eligibility: Eligibility | None = None
         self._held: HeldGradients | None = None
         self._ledger = Ledger(options.num_selections, options.credit, options.advantage_norm)
@@ -87,30 +73,32 @@ class RoutingState:
     # The batch --------------------------------------------------------------------------------
 
     @property
+    def batch_size(self) -> int | None:
+        """B; None before a batch is known."""
+        return None if self.folded is None else self.folded.batch_size
+
+    @property
     def pass_selections(self) -> int:
         """c, the selections folded into the pass that runs."""
-        return self.num_selections if self.part is None else self.part.count
+        return self.num_selections if self.folded is None else self.folded.count
 
     @property
     def folded_batch_size(self) -> int:
         """c * B, the sequences of the folded batch."""
-        if self.batch_size is None:
+        return self.folded_pass().sequences
+
+    def folded_pass(self) -> FoldedPass:
+        """The pass that runs, or ran last.
+
+        Raises:
+            RuntimeError: None has been entered.
+        """
+        if self.folded is None:
             raise RuntimeError(
                 "the batch size is not known yet: call routing.expand(batch) and run the model on "
                 "what it returns"
             )
-        return self.pass_selections * self.batch_size
-
-    @property
-    def first_sequence(self) -> int:
-        """Where the pass that runs begins in the batch folded M times."""
-        first = 0 if self.part is None else self.part.first
-        return first * (self.batch_size or 0)
-
-    @property
-    def all_sequences(self) -> int:
-        """M * B."""
-        return self.num_selections * (self.batch_size or 0)
+        return self.folded
 
     def expand(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Repeat a batch M times, selection-major: row m * B + b is input b under selection m.
@@ -174,9 +162,9 @@ class RoutingState:
                 torch.set_grad_enabled(self._grad_mode and part.grad)
                 with ExitStack() as stack:
                     if part.rerun:
-                        stack.enter_context(_random_state(noise[part.first]))
+                        stack.enter_context(random_state(noise[part.first]))
                     elif reruns:
-                        noise[part.first] = _get_random_state()
+                        noise[part.first] = get_random_state()
                     if part.grad and not part.last and hasattr(self._model, "no_sync"):
                         stack.enter_context(self._model.no_sync())  # type: ignore[operator]
                     yield self._enter(part, batch)
@@ -199,21 +187,22 @@ class RoutingState:
             raise RuntimeError(
                 "this context has one loss already: open another one for the next batch"
             )
-        self.batch_size = batch_size_of(batch)
         self.part = part
+        self.folded = folded = FoldedPass.of(
+            batch,
+            part,
+            self.num_selections,
+            response_only=self.options.logprob_tokens == "response",
+            per_sequence=any(site.per_sequence for site in self.sites),
+        )
         self._awaiting = True
         if len(self._plan) > 1:
             self.selections = {}
         self.advantages = None
         self._logit_sums.clear()
         if self._eligibility is None:
-            self._eligibility = Eligibility(self.batch_size, self._blocks)
-        self.valid = _repeat(real_positions(batch), part.count)
-        if self.options.logprob_tokens == "response":
-            self.sampled = _repeat(predicting_positions(batch), part.count)
-        if any(site.per_sequence for site in self.sites):
-            self.prompt = _repeat(prompt_positions(batch), part.count)
-        return fold(batch, self.batch_size, part.count)
+            self._eligibility = Eligibility(folded.batch_size, self.options.credit_blocks)
+        return fold(batch, folded.batch_size, part.count)
 
     # The losses -------------------------------------------------------------------------------
 
@@ -425,12 +414,9 @@ class RoutingState:
         """[rows] of a layer: whether a decision counts; None: all do."""
         if selection.per_sequence:
             return None
-        self.positions(selection.drawn.shape[:-1])
-        counted = None
-        for mask in (self.valid, self.sampled):
-            if mask is not None:
-                counted = mask if counted is None else counted & mask.to(counted.device)
-        return None if counted is None else counted.reshape(-1).to(selection.logits.device)
+        folded = self.folded_pass()
+        folded.positions(selection.drawn.shape[:-1])
+        return None if folded.counted is None else folded.counted.to(selection.logits.device)
 
     def _row_advantages(self, selection: Selection) -> Tensor:
         """[rows] of a layer."""
@@ -438,7 +424,7 @@ class RoutingState:
         width = self.advantages.shape[1]
         if selection.per_sequence:
             return self.advantages[:, 0]
-        positions = self.positions(selection.drawn.shape[:-1])
+        positions = self.folded_pass().positions(selection.drawn.shape[:-1])
         if width == 1:
             return self.advantages.expand(-1, positions).reshape(-1)
         if width not in (positions, positions - 1):
@@ -447,50 +433,3 @@ class RoutingState:
                 f"positions (the last may be left out); token_losses had {width}"
             )
         return nn.functional.pad(self.advantages, (0, positions - width)).reshape(-1)
-
-    def positions(self, lead: torch.Size) -> int:
-        """Routed rows a sequence has in a layer whose input is [*lead, in].
-
-        Raises:
-            ValueError: The rows are not those of the folded batch.
-        """
-        rows, sequences = lead.numel(), self.folded_batch_size
-        width = None if self.valid is None else self.valid.shape[1]
-        if self.sampled is not None:
-            width = self.sampled.shape[1]
-        per_sequence = rows // sequences
-        if rows % sequences or (width is not None and per_sequence != width):
-            expected = "..." if width is None else str(width)
-            raise ValueError(
-                f"a routed layer got {list(lead)} rows while sampling; the folded batch has "
-                f"{sequences} sequences of {expected} positions: run the model on what "
-                "routing.expand(batch) returned, without a cache"
-            )
-        return per_sequence
-
-
-def _repeat(mask: Tensor | None, count: int) -> Tensor | None:
-    return None if mask is None else mask.repeat(count, 1)
-
-
-def _get_random_state() -> list[Tensor]:
-    """torch's generators: the processor's, and those of all GPUs in use."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *gpus]
-
-
-@contextmanager
-def _random_state(state: list[Tensor]) -> Iterator[None]:
-    """Inside, torch's generators go on from `state`; afterwards from where they were."""
-    before = _get_random_state()
-    _set_random_state(state)
-    try:
-        yield
-    finally:
-        _set_random_state(before)
-
-
-def _set_random_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state_all(state[1:])

@@ -40,7 +40,7 @@ class SiteRecord:
     def add(self, selection: Selection) -> None:
         """Count one forward pass; a sequence that is routed as one counts once."""
         state, index = selection.state, selection.drawn
-        valid = self.recorder.valid if state is None else state.valid
+        valid = self.recorder.valid if state is None else state.folded_pass().valid
         if selection.per_sequence:
             valid = None
         rows = selection.logits.reshape(-1, self.num_experts)

@@ -76,7 +76,7 @@ def surrogate_grads(
     for hook in hooks:
         hook.remove()
     counted = torch.ones(1, dtype=torch.bool)
-    for mask in (routing.valid, routing.sampled):
+    for mask in (routing.folded.valid, routing.folded.sampled):
         counted = counted if mask is None else counted & mask
     log_prob = 0.0
     for name, (_, router) in (

@@ -260,7 +260,7 @@ def test_response_draws_only_where_labels_are_predicted(make_remix, make_batch):
         token_losses(model, folded)
     predicts = torch.zeros_like(folded["labels"], dtype=torch.bool)
     predicts[:, :-1] = folded["labels"][:, 1:] != -100
-    assert torch.equal(routing.sampled, predicts)
+    assert torch.equal(routing.folded.sampled, predicts)
     assert not predicts[:, :3].any()
     assert predicts[:, 3].all()
     for name, site in find_sites(model).items():

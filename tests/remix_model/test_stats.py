@@ -132,7 +132,7 @@ def test_sampled_passes_count_every_selection():
     (layer,) = record.stats().layers
     assert layer.tokens == 15
     (index,) = routing.selections[0]
-    counts = torch.bincount(index[routing.valid].flatten().long(), minlength=4)
+    counts = torch.bincount(index[routing.folded.valid].flatten().long(), minlength=4)
     assert layer.expert_share == pytest.approx((counts / 30).tolist())
 
 
