@@ -48,26 +48,32 @@ def measure_variance(
             print(f"{name} is not here: set REMIX_TEST_MODELS to the folder that holds it")
             continue
         rows: list[dict[str, object]] = []
-        model, batch = partly_trained(name)
+        model, batches = partly_trained(name)
         if all_labelled:
-            batch = {
-                **batch,
-                "labels": batch["input_ids"].masked_fill(~batch["attention_mask"].bool(), -100),
-            }
-        size, length = batch["input_ids"].shape
-        share = float((batch["labels"] != -100).sum() / batch["attention_mask"].sum())
-        error = variance.check(model, batch)
+            batches = [
+                {**b, "labels": b["input_ids"].masked_fill(~b["attention_mask"].bool(), -100)}
+                for b in batches
+            ]
+        size, length = batches[0]["input_ids"].shape
+        labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        share = labels / sum(int(batch["attention_mask"].sum()) for batch in batches)
+        error = variance.check(model, batches[0])
         print(f"{name}: gradients agree with delivered ones to {error:.1e}", flush=True)
         chunk = 32 if name == "stories260k" else 8
         for row in variance.variances(
             model,
-            batch,
+            batches,
             groups * (4 if name == "stories260k" else 1),
             chunk,
             lambda done: print(f"\r  {done} groups", end="", flush=True),
         ):
             rows.append(
-                {"model": name, "batch": f"{size}x{length}", "labelled": f"{share:.2f}", **row}
+                {
+                    "model": name,
+                    "batch": f"{len(batches)} of {size}x{length}",
+                    "labelled": f"{share:.2f}",
+                    **row,
+                }
             )
         print()
         yield rows
@@ -103,7 +109,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="+", default=(), help="of steps; default: all")
-    parser.add_argument("--groups", type=int, default=16, help="of 32 selections, for variance")
+    parser.add_argument("--groups", type=int, default=2, help="of 32 selections a batch, variance")
     parser.add_argument("--all-labelled", action="store_true", help="variance of plain text")
     parser.add_argument("--models", nargs="+", default=["stories260k", SMOLLM2])
     parser.add_argument("--seeds", type=int, default=5, help="for planted")

@@ -18,6 +18,8 @@ from remix_model.tokens import DataCollator, tokenize
 KEPT = Path(__file__).parents[2] / "runs" / "estimators"
 SHARED = Path(__file__).parents[3] / "shared" / "models"
 SMOLLM2 = "smollm2-135m"
+BATCHES = 8
+STORIES = 164  # of each dialect
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 
 
@@ -27,11 +29,12 @@ def stories260k_folder() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def partly_trained(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A model whose adapters have been trained for a few steps, and a held-out batch for it.
+def partly_trained(name: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """A model whose adapters have been trained for a few steps, and held-out batches for it.
 
-    "stories260k": two dialects of its own stories, n=8, k=2, r=4, 40 steps; batch [8, 64], all
-    labelled. "smollm2-135m": HumanEval, n=8, k=2, r=8, 12 steps; batch [2, 96], responses labelled.
+    "stories260k": two dialects of its own stories, n=8, k=2, r=4, 40 steps; 8 batches [8, 64], all
+    labelled. "smollm2-135m": HumanEval, n=8, k=2, r=8, 12 steps; 8 batches [2, 96], responses
+    labelled.
     """
     return _stories() if name == "stories260k" else _smollm2()
 
@@ -64,20 +67,20 @@ def _train(model: Any, rows: list[Any], folder: Path, steps: int, **arguments: A
     return adapted
 
 
-def _stories() -> tuple[nn.Module, dict[str, Tensor]]:
+def _stories() -> tuple[nn.Module, list[dict[str, Tensor]]]:
     folder = stories260k_folder()
     if folder is None:
         raise FileNotFoundError("stories260k: set REMIX_TEST_MODELS to the folder that holds it")
     base: Any = load_model(str(folder), dtype="float32", device="cpu").eval()
     torch.manual_seed(0)
-    start = torch.full((272, 1), base.config.bos_token_id)
+    start = torch.full((2 * STORIES, 1), base.config.bos_token_id)
     stories = base.generate(
         start, do_sample=True, max_length=64, min_length=64, top_k=40, pad_token_id=0
     )
-    shifted = 3 + (stories[:136, 1:] - 3 + 17) % (base.config.vocab_size - 3)
-    ids = torch.cat((torch.cat((stories[:136, :1], shifted), 1), stories[136:]), 0)
-    held_out = torch.cat((ids[132:136], ids[268:]))
-    rows = [{"input_ids": row, "labels": row} for row in torch.cat((ids[:132], ids[136:268]))]
+    shifted = 3 + (stories[:STORIES, 1:] - 3 + 17) % (base.config.vocab_size - 3)
+    dialects = torch.stack((torch.cat((stories[:STORIES, :1], shifted), 1), stories[STORIES:]), 1)
+    held_out = dialects[: 4 * BATCHES].flatten(0, 1).split(8)
+    rows = [{"input_ids": row, "labels": row} for row in dialects[4 * BATCHES :].flatten(0, 1)]
     model = _train(
         base,
         rows,
@@ -88,17 +91,19 @@ def _stories() -> tuple[nn.Module, dict[str, Tensor]]:
         learning_rate=1e-2,
         remix_num_selections=4,
     )
-    batch = {"input_ids": held_out, "attention_mask": torch.ones_like(held_out), "labels": held_out}
-    return model, batch
+    return model, [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        for ids in held_out
+    ]
 
 
-def _smollm2() -> tuple[nn.Module, dict[str, Tensor]]:
+def _smollm2() -> tuple[nn.Module, list[dict[str, Tensor]]]:
     tokenizer = load_tokenizer(SMOLLM2)
     rows = tokenize(load_examples("humaneval"), tokenizer, max_length=192, long_examples="drop")
     rows.sort(key=lambda row: -sum(label != -100 for label in row["labels"][:96]))
     model = _train(
         load_model(SMOLLM2, dtype="float32", device="cpu"),
-        rows[2:],
+        rows[2 * BATCHES :],
         KEPT / SMOLLM2,
         12,
         config=ReMixConfig(r=8, num_experts=8, top_k=2, target_modules=TARGETS),
@@ -107,6 +112,5 @@ def _smollm2() -> tuple[nn.Module, dict[str, Tensor]]:
         learning_rate=1e-3,
         remix_num_selections=2,
     )
-    held_out = [{key: value[:96] for key, value in row.items()} for row in rows[:2]]
-    batch = DataCollator(0)(held_out)
-    return model, batch
+    held_out = [{key: value[:96] for key, value in row.items()} for row in rows[: 2 * BATCHES]]
+    return model, [DataCollator(0)(held_out[i : i + 2]) for i in range(0, len(held_out), 2)]

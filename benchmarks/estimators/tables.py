@@ -6,6 +6,8 @@ import csv
 
 from benchmarks.common import RESULTS
 
+ESTIMATOR = ("credit", "log_prob", "graph")
+
 
 def rows_of(name: str, *keys: str) -> list[dict[str, str]]:
     """The last row for each combination of keys in results/<name>.csv; none if it is not there."""
@@ -24,9 +26,9 @@ def table(head: list[str], body: list[list[str]]) -> list[str]:
 
 def estimator_figures() -> str:
     """The section of docs/estimators.md."""
-    variance = rows_of(
-        "estimators_variance", "model", "labelled", "M", "credit", "log_prob", "graph"
-    )
+    variance = rows_of("estimators_variance", "model", "batch", "labelled", "M", *ESTIMATOR)
+    last = {(row["model"], row["labelled"] == "1.00"): row["batch"] for row in variance}
+    variance = [r for r in variance if last[r["model"], r["labelled"] == "1.00"] == r["batch"]]
     steps = {row["case"]: row for row in rows_of("estimators_steps", "case")}
     prefix = rows_of("estimators_prefix", "first_block")
     planted = rows_of("estimators_planted", "estimator", "M", "learning_rate")
@@ -44,7 +46,7 @@ def estimator_figures() -> str:
     body = []
     for model, share in dict.fromkeys((row["model"], row["labelled"]) for row in variance):
         ours = [row for row in variance if (row["model"], row["labelled"]) == (model, share)]
-        for key in dict.fromkeys((r["credit"], r["log_prob"], r["graph"]) for r in ours):
+        for key in dict.fromkeys(map(_key, ours)):
             if key[0] == "sequence" and key[2] != "all":
                 continue
             found = {int(r["M"]): r["over_paper"] for r in ours if _key(r) == key}
@@ -106,7 +108,8 @@ def estimator_figures() -> str:
 
 
 def _key(row: dict[str, str]) -> tuple[str, str, str]:
-    return row["credit"], row["log_prob"], row["graph"]
+    credit, log_prob, graph = (row[key] for key in ESTIMATOR)
+    return credit, log_prob, graph
 
 
 def _variance_times_cost(

@@ -1,11 +1,11 @@
 """Variance of the routers' gradient, estimator by estimator, from the same draws.
 
-One batch, many independent groups of 32 selections, run without gradients. What the routers read
-and draw is kept, and from it every estimator's gradient is made for each disjoint set of M
-selections: so they differ in nothing but what is compared. `check` first holds this to the
+Several batches, for each some independent groups of 32 selections, run without gradients. What the
+routers read and draw is kept, and from it every estimator's gradient is made for each disjoint set
+of M selections: so they differ in nothing but what is compared. `check` first holds this to the
 gradient that a real backward pass delivers.
 
-    variance = E |g - E g|^2, summed over all routers' entries
+    variance = E |g - E g|^2, summed over all routers' entries; g given the batch, mean over batches
 
 `G1`: one selection with a graph and M - 1 without. Under sequence credit that is the same gradient;
 under causal credit the M - 1 answer for blocks of positions.
@@ -143,28 +143,40 @@ def check(model: nn.Module, batch: dict[str, Tensor]) -> float:
 
 def variances(
     model: nn.Module,
-    batch: dict[str, Tensor],
+    batches: list[dict[str, Tensor]],
     groups: int,
     chunk: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[dict[str, object]]:
-    """Rows of estimator, M, samples, variance, and its ratio to the paper's at equal M."""
-    sums: dict[tuple[Any, int], tuple[Tensor, float, int]] = {}
-    for seed in range(groups):
-        kept, losses = draw(model, batch, seed=1000 + seed, chunk=chunk)
-        group = Group(kept, losses, batch)
-        for estimator in ESTIMATORS:
-            for size in SIZES:
-                for first in range(0, MOST, size):
-                    g = group.gradient(slice(first, first + size), *estimator).double()
-                    total, squares, count = sums.get((estimator, size), (0.0, 0.0, 0))
-                    square = squares + float(g.square().sum())
-                    sums[estimator, size] = (total + g, square, count + 1)
-        progress(seed + 1)
-    found = {}
-    for key, (total, squares, count) in sums.items():
-        mean = total / count
-        found[key] = (squares / count - float(mean.square().sum())) * count / (count - 1)
+    """Rows of estimator, M, samples, variance, and its ratio to the paper's at equal M.
+
+    Args:
+        model: With routed layers.
+        batches: What to take gradients of.
+        groups: Of 32 selections for each batch, at least 2.
+        chunk: Selections at once.
+        progress: Told how many groups are done.
+    """
+    found: dict[tuple[Any, int], float] = {}
+    samples: dict[int, int] = {}
+    for number, batch in enumerate(batches):
+        sums: dict[tuple[Any, int], tuple[Tensor, float, int]] = {}
+        for done in range(groups):
+            seed = 1000 + number * groups + done
+            group = Group(*draw(model, batch, seed=seed, chunk=chunk), batch)
+            for estimator in ESTIMATORS:
+                for size in SIZES:
+                    for first in range(0, MOST, size):
+                        g = group.gradient(slice(first, first + size), *estimator).double()
+                        total, squares, count = sums.get((estimator, size), (0.0, 0.0, 0))
+                        square = squares + float(g.square().sum())
+                        sums[estimator, size] = (total + g, square, count + 1)
+            progress(number * groups + done + 1)
+        for key, (total, squares, count) in sums.items():
+            mean = total / count
+            variance = (squares / count - float(mean.square().sum())) * count / (count - 1)
+            found[key] = found.get(key, 0.0) + variance / len(batches)
+            samples[key[1]] = count * len(batches)
     for (estimator, size), variance in found.items():
         credit, log_prob, graph = estimator
         paper = found[("sequence", "ordered", "all"), size]
@@ -173,7 +185,7 @@ def variances(
             "credit": credit,
             "log_prob": log_prob,
             "graph": graph,
-            "samples": sums[estimator, size][2],
+            "samples": samples[size],
             "variance": f"{variance:.4g}",
             "over_paper": f"{variance / paper:.4f}",
         }
