@@ -48,12 +48,7 @@ def measure_variance(
             print(f"{name} is not here: set REMIX_TEST_MODELS to the folder that holds it")
             continue
         rows: list[dict[str, object]] = []
-        model, batches = partly_trained(name)
-        if all_labelled:
-            batches = [
-                {**b, "labels": b["input_ids"].masked_fill(~b["attention_mask"].bool(), -100)}
-                for b in batches
-            ]
+        model, batches = partly_trained(name, all_labelled)
         size, length = batches[0]["input_ids"].shape
         labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
         share = labels / sum(int(batch["attention_mask"].sum()) for batch in batches)
@@ -110,7 +105,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="+", default=(), help="of steps; default: all")
     parser.add_argument("--groups", type=int, default=2, help="of 32 selections a batch, variance")
-    parser.add_argument("--all-labelled", action="store_true", help="variance of plain text")
+    parser.add_argument(
+        "--all-labelled", action="store_true", help="SmolLM2 on all tokens, not responses"
+    )
     parser.add_argument("--models", nargs="+", default=["stories260k", SMOLLM2])
     parser.add_argument("--seeds", type=int, default=5, help="for planted")
     parser.add_argument("--most", type=int, default=1000, help="steps of planted")

@@ -29,14 +29,16 @@ def stories260k_folder() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def partly_trained(name: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+def partly_trained(
+    name: str, all_labelled: bool = False
+) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     """A model whose adapters have been trained for a few steps, and held-out batches for it.
 
     "stories260k": two dialects of its own stories, n=8, k=2, r=4, 40 steps; 8 batches [8, 64], all
-    labelled. "smollm2-135m": HumanEval, n=8, k=2, r=8, 12 steps; 8 batches [2, 96], responses
-    labelled.
+    labelled. "smollm2-135m": HumanEval, n=8, k=2, r=8, 12 steps; 8 batches [2, 96];
+    trained and measured on its responses, or on all tokens.
     """
-    return _stories() if name == "stories260k" else _smollm2()
+    return _stories() if name == "stories260k" else _smollm2(all_labelled)
 
 
 def _train(model: Any, rows: list[Any], folder: Path, steps: int, **arguments: Any) -> Any:
@@ -97,14 +99,16 @@ def _stories() -> tuple[nn.Module, list[dict[str, Tensor]]]:
     ]
 
 
-def _smollm2() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+def _smollm2(all_labelled: bool) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     tokenizer = load_tokenizer(SMOLLM2)
     rows = tokenize(load_examples("humaneval"), tokenizer, max_length=192, long_examples="drop")
+    if all_labelled:
+        rows = [{**row, "labels": list(row["input_ids"])} for row in rows]
     rows.sort(key=lambda row: -sum(label != -100 for label in row["labels"][:96]))
     model = _train(
         load_model(SMOLLM2, dtype="float32", device="cpu"),
         rows[2 * BATCHES :],
-        KEPT / SMOLLM2,
+        KEPT / (SMOLLM2 + ("-all-tokens" if all_labelled else "")),
         12,
         config=ReMixConfig(r=8, num_experts=8, top_k=2, target_modules=TARGETS),
         collator=DataCollator(0),
