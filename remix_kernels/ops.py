@@ -18,17 +18,21 @@ from remix_kernels._checks import (
     check_top_k_index,
 )
 from remix_kernels._dispatch import check_strategy, resolve_backend, resolve_strategy
+from remix_kernels._log_prob import LogProb, Score
 from remix_kernels._routed import Call, Routed, Strategy, no_autocast
 from remix_kernels.torch_dense import DENSE
 from remix_kernels.torch_gather import GATHER
 from remix_kernels.torch_grouped import GROUPED
-from remix_kernels.torch_sampling import OrderedLogProb
-from remix_kernels.torch_sampling import log_prob_bwd as torch_log_prob_bwd
+from remix_kernels.torch_sampling import log_prob, log_prob_bwd
 from remix_kernels.torch_sampling import sample_top_k as torch_sample_top_k
-from remix_kernels.torch_unordered import UnorderedLogProb
-from remix_kernels.torch_unordered import unordered_log_prob_bwd as torch_unordered_log_prob_bwd
+from remix_kernels.torch_unordered import unordered_log_prob, unordered_log_prob_bwd
 
 TORCH: dict[str, Strategy] = {"dense": DENSE, "grouped": GROUPED, "gather": GATHER}
+# By whether the order is forgotten.
+TORCH_SCORES = {
+    False: Score(log_prob, log_prob_bwd),
+    True: Score(unordered_log_prob, unordered_log_prob_bwd),
+}
 
 
 @functools.cache
@@ -46,18 +50,30 @@ def triton_strategies() -> dict[str, Strategy]:
 
 
 @functools.cache
-def _triton_sampling() -> tuple[Callable[..., Tensor], ...]:
-    """(sample_top_k, log-probability, its gradient, the same two unordered), backed by PyTorch."""
+def _triton_sample_top_k() -> Callable[..., Tensor]:
+    """The Triton backend's, backed by PyTorch."""
+    from remix_kernels._fallback import or_else
+    from remix_kernels.triton_sampling import sample_top_k_fwd
+
+    return or_else(sample_top_k_fwd, torch_sample_top_k)
+
+
+@functools.cache
+def _triton_scores() -> dict[bool, Score]:
+    """The Triton backend's, each backed by its PyTorch twin."""
     from remix_kernels import triton_sampling, triton_unordered
     from remix_kernels._fallback import or_else
 
-    return (
-        or_else(triton_sampling.sample_top_k_fwd, torch_sample_top_k),
-        or_else(triton_sampling.OrderedLogProb.apply, OrderedLogProb.apply),
-        or_else(triton_sampling.log_prob_bwd, torch_log_prob_bwd),
-        or_else(triton_unordered.UnorderedLogProb.apply, UnorderedLogProb.apply),
-        or_else(triton_unordered.unordered_log_prob_bwd, torch_unordered_log_prob_bwd),
-    )
+    ordered, unordered = triton_sampling, triton_unordered
+    return {
+        False: Score(
+            or_else(ordered.log_prob_fwd, log_prob), or_else(ordered.log_prob_bwd, log_prob_bwd)
+        ),
+        True: Score(
+            or_else(unordered.unordered_log_prob_fwd, unordered_log_prob),
+            or_else(unordered.unordered_log_prob_bwd, unordered_log_prob_bwd),
+        ),
+    }
 
 
 def routed_lora(
@@ -208,7 +224,7 @@ def sample_top_k(
     name = resolve_backend(backend, logits)
     if name == "reference":
         return reference.sample_top_k_ref(logits, k, seed=seed, offset=offset)
-    draw = _triton_sampling()[0] if name == "triton" else torch_sample_top_k
+    draw = _triton_sample_top_k() if name == "triton" else torch_sample_top_k
     index = draw(logits.reshape(-1, n), k, seed, offset)
     return index.view(*logits.shape[:-1], k)
 
@@ -247,11 +263,9 @@ def selection_log_prob(
         z = logits if logits.dtype == torch.float64 else logits.float()
         return reference.selection_log_prob_ref(z, top_k_index, unordered=unordered)
     n, k = logits.shape[-1], top_k_index.shape[-1]
-    if name == "triton":
-        op = _triton_sampling()[3 if unordered else 1]
-    else:
-        op = UnorderedLogProb.apply if unordered else OrderedLogProb.apply
-    return op(logits.reshape(-1, n), top_k_index.reshape(-1, k)).view(logits.shape[:-1])
+    score = (_triton_scores() if name == "triton" else TORCH_SCORES)[unordered]
+    rows = LogProb.apply(logits.reshape(-1, n), top_k_index.reshape(-1, k), score)
+    return rows.view(logits.shape[:-1])
 
 
 def selection_log_prob_bwd(
@@ -274,11 +288,9 @@ def selection_log_prob_bwd(
     Returns:
         [T, n] in the dtype of logits.
     """
-    if resolve_backend(backend, logits) == "triton":
-        bwd = _triton_sampling()[4 if unordered else 2]
-        return bwd(logits, top_k_index.contiguous(), grad)
-    bwd = torch_unordered_log_prob_bwd if unordered else torch_log_prob_bwd
-    return bwd(logits, top_k_index, grad)
+    name = resolve_backend(backend, logits)
+    score = (_triton_scores() if name == "triton" else TORCH_SCORES)[unordered]
+    return score.backward(logits, top_k_index.contiguous(), grad)
 
 
 def _run(call: Call, backend: str, strategy: str) -> Tensor:

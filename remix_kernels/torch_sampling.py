@@ -17,8 +17,6 @@ gradient each z_e meets its L_j before the exponential, which keeps it exact at 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -47,54 +45,42 @@ def _log(x: Tensor) -> Tensor:
     return torch.xlogy(1.0, x)
 
 
-def _logsumexp(z: Tensor) -> Tensor:
-    """logsumexp over the last dimension, kept; -inf where all are."""
-    largest = z.amax(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
-    return largest + _log(torch.exp(z - largest).sum(-1, keepdim=True))
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def step_logsumexp(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """L_j for every step. z [T, n] fp32, index [T, k] -> (drawn z [T, k], L [T, k])."""
-    drawn = z.gather(1, index)
-    rest = _logsumexp(z.scatter(1, index, float("-inf")))
-    tail = torch.cat((rest, drawn.flip(1)), dim=1).logcumsumexp(1)
-    return drawn, tail[:, 1:].flip(1)
+def _rest(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Along columns of rows, which is what the processor's vectors run over.
+
+    z [T, n], index [T, k] -> (z of the others [n, T], -inf where drawn; drawn z [k, T]; logsumexp
+    of the others [T], -inf where there are none).
+    """
+    index = index.T
+    left = z.T.clone(memory_format=torch.contiguous_format)
+    drawn = left.gather(0, index)
+    left.scatter_(0, index, float("-inf"))
+    largest = left.amax(0).clamp_min_(torch.finfo(z.dtype).min)
+    return left, drawn, _log(left.sub(largest).exp_().sum(0)).add_(largest)
 
 
-def log_prob_grad(z: Tensor, index: Tensor, step_lse: Tensor) -> Tensor:
-    """d log Q / d z. z [T, n] fp32, index [T, k], step_lse [T, k] -> fp32 [T, n]."""
-    left = z.clone()
-    grad = torch.zeros_like(z)
-    for j in range(index.shape[1]):
-        step = index[:, j : j + 1]
-        grad.sub_(torch.exp(left - step_lse[:, j : j + 1]))
-        left.scatter_(1, step, float("-inf"))
-    return grad.scatter_add_(1, index, torch.ones_like(step_lse))
+def log_prob(logits: Tensor, index: Tensor) -> Tensor:
+    """log Q of every row. logits [T, n], index [T, k] -> [T], fp32 or fp64."""
+    _, drawn, rest = _rest(_wide(logits), index.long())
+    total = torch.zeros_like(rest)
+    for z in reversed(drawn):  # L_j from the last draw to the first
+        rest = torch.logaddexp(rest, z)
+        total.add_(z - rest)
+    return total
 
 
-def log_prob_bwd(
-    logits: Tensor, index: Tensor, grad: Tensor, step_lse: Tensor | None = None
-) -> Tensor:
-    """dlogits [T, n] from logits [T, n], index [T, k], grad [T] and, where kept, L [T, k]."""
-    z, index = logits if logits.dtype == torch.float64 else logits.float(), index.long()
-    if step_lse is None:
-        step_lse = step_logsumexp(z, index)[1]
-    return (log_prob_grad(z, index, step_lse) * grad.unsqueeze(1)).to(logits.dtype)
-
-
-class OrderedLogProb(torch.autograd.Function):
-    """log Q of an ordered selection with the gradient in closed form."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
-        z = logits if logits.dtype == torch.float64 else logits.float()
-        index = index.long()
-        drawn, step_lse = step_logsumexp(z, index)
-        ctx.save_for_backward(logits, index, step_lse)
-        return (drawn - step_lse).sum(1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logits, index, step_lse = ctx.saved_tensors
-        return log_prob_bwd(logits, index, grad, step_lse), None
+def log_prob_bwd(logits: Tensor, index: Tensor, grad: Tensor) -> Tensor:
+    """dlogits [T, n] from logits [T, n], index [T, k] and grad [T]."""
+    index = index.long()
+    left, drawn, rest = _rest(_wide(logits), index)
+    dz = torch.zeros_like(left)
+    for j in range(index.shape[1] - 1, -1, -1):
+        rest = torch.logaddexp(rest, drawn[j])
+        left.scatter_(0, index.T[j : j + 1], drawn[j : j + 1])  # not drawn before step j
+        dz.sub_((left - rest).exp_())
+    dz.scatter_add_(0, index.T, torch.ones_like(drawn))
+    return dz.mul_(grad).T.to(logits.dtype)

@@ -31,7 +31,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -225,18 +224,3 @@ def integrate(log_a: Tensor) -> tuple[Tensor, Tensor]:
         largest = highest
     log_prob = largest + torch.log(total * step) + (log_a * rare).sum(0)
     return log_prob, d_log_a / total
-
-
-class UnorderedLogProb(torch.autograd.Function):
-    """log P of a set with the gradient in closed form."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, index)
-        return unordered_log_prob(logits, index)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logits, index = ctx.saved_tensors
-        return unordered_log_prob_bwd(logits, index, grad), None

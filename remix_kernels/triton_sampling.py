@@ -20,16 +20,12 @@ Source: Gumbel top-k, Kool et al. 2019, arXiv 1903.06059; Philox, Salmon et al. 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from remix_kernels._fallback import or_else
 from remix_kernels._launch import launch
-from remix_kernels.torch_sampling import log_prob_bwd as torch_log_prob_bwd
 
 _LANES = 1024  # logits a program holds: 8 for each of 128 threads; 16 spill on sm_80
 
@@ -216,22 +212,6 @@ def log_prob_bwd(logits: Tensor, index: Tensor, grad: Tensor) -> Tensor:
         **blocks,
     )
     return dlogits
-
-
-class OrderedLogProb(torch.autograd.Function):
-    """log Q of an ordered selection with the gradient in closed form."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
-        index = index.contiguous()
-        ctx.save_for_backward(logits, index)
-        return log_prob_fwd(logits, index)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logits, index = ctx.saved_tensors
-        return or_else(log_prob_bwd, torch_log_prob_bwd)(logits, index, grad), None
 
 
 def _rows(logits: Tensor) -> Tensor:

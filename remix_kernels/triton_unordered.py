@@ -26,10 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from remix_kernels._fallback import or_else
 from remix_kernels._launch import launch
 from remix_kernels.torch_unordered import node_eps, node_range
-from remix_kernels.torch_unordered import unordered_log_prob_bwd as torch_unordered_log_prob_bwd
 from remix_kernels.triton_sampling import _blocks, _rows
 
 _LANES = 512  # logits a program holds: more would spill on sm_90, and fewer programs share the loop
@@ -210,23 +208,6 @@ def unordered_log_prob_bwd(logits: Tensor, index: Tensor, grad: Tensor) -> Tenso
         **constants,
     )
     return dlogits
-
-
-class UnorderedLogProb(torch.autograd.Function):
-    """log P of a set with the gradient in closed form."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
-        index = index.contiguous()
-        ctx.save_for_backward(logits, index)
-        return unordered_log_prob_fwd(logits, index)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logits, index = ctx.saved_tensors
-        backward = or_else(unordered_log_prob_bwd, torch_unordered_log_prob_bwd)
-        return backward(logits, index, grad), None
 
 
 def _constants(z: Tensor, k: int) -> tuple[tuple[int], dict[str, Any]]:

@@ -28,7 +28,7 @@ class Part:
     last: bool = False  # backward on the state's loss goes through this one
 
 
-FORWARD_AT_ONCE = 4  # forward-only selections for each with a graph
+FORWARD_AT_ONCE = 8  # forward-only selections for each with a graph
 
 
 def plan_parts(
@@ -45,7 +45,7 @@ def plan_parts(
         num_selections: M.
         grad_selections: G, from 1 to M.
         chunk_size: C, at least 1; it need not divide: the last part of a kind is smaller. None:
-            G with a graph, and four times as many without, which need less memory: one layer's
+            G with a graph, and eight times as many without, which need less memory: one layer's
             activations and the logits.
         exact: Whether eligibilities give the very gradient that delivery would.
         checkpointed: Whether graphs hold little more than logits: then G without one, too.

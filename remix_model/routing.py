@@ -61,7 +61,7 @@ def sample_routing(
             their mean; the others run without, and the router's gradient is still that of all M.
             None: all.
         selection_chunk_size: Selections that may be in memory at once; need not divide M. None: as
-            many as keep a graph, and of forward-only ones four times as many (as many, with
+            many as keep a graph, and of forward-only ones eight times as many (as many, with
             activation checkpointing). Both need `routing.parts` in place of `routing.expand`.
         advantage_norm: "none", "input" or "batch": what advantages are divided by. Biased, see
             `remix_model.credit.advantage_scale`.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import remix_kernels
 from remix_kernels import ops, sample_top_k, selection_log_prob
+from remix_kernels._log_prob import Score
 from tests.helpers import (
     Case,
     Inputs,
@@ -353,8 +354,9 @@ def sample_with(module: Any) -> None:
     inputs, grad = log_prob_inputs()
     logits, want = inputs.values()
     with pytest.MonkeyPatch.context() as patch:
-        twins = (module.sample_top_k_fwd, module.OrderedLogProb.apply, module.log_prob_bwd)
-        patch.setattr(ops, "_triton_sampling", lambda: twins)
+        score = Score(module.log_prob_fwd, module.log_prob_bwd)
+        patch.setattr(ops, "_triton_sample_top_k", lambda: module.sample_top_k_fwd)
+        patch.setattr(ops, "_triton_scores", lambda: {False: score})
         got = sample_top_k(logits, 3, seed=2**40 + 1, offset=5, backend="triton")
         assert torch.equal(got, want)
         actual = run(selection_log_prob, {**inputs, "backend": "triton"}, ("logits",), grad)
@@ -366,8 +368,8 @@ def unordered_with(module: Any) -> None:
     inputs, grad = log_prob_inputs()
     arguments = {**inputs, "unordered": True, "backend": "triton"}
     with pytest.MonkeyPatch.context() as patch:
-        twins = (None, None, None, module.UnorderedLogProb.apply, module.unordered_log_prob_bwd)
-        patch.setattr(ops, "_triton_sampling", lambda: twins)
+        score = Score(module.unordered_log_prob_fwd, module.unordered_log_prob_bwd)
+        patch.setattr(ops, "_triton_scores", lambda: {True: score})
         actual = run(selection_log_prob, arguments, ("logits",), grad)
     check_log_prob(actual, unordered_log_prob_eager, inputs, grad)
 

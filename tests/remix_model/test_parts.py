@@ -28,7 +28,7 @@ from tests.remix_model.step_helpers import CONFIGS, random, run
 )
 def test_plan(m, g, c, exact):
     plan = plan_parts(m, g, c, exact=exact)
-    assert all(1 <= part.count <= (c or (g if part.grad else 4 * g)) for part in plan)
+    assert all(1 <= part.count <= (c or (g if part.grad else 8 * g)) for part in plan)
     assert all(
         part.count <= (c or g) for part in plan_parts(m, g, c, exact=exact, checkpointed=True)
     )
