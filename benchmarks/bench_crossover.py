@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.bench_layer import Case, Problem
 from benchmarks.common import interleaved, prepare_cpu, write_rows
+from benchmarks.layers.cells import Cell
+from benchmarks.layers.problem import Problem
 from remix_kernels._dispatch import resolve_strategy, strategy_costs_s
 
-WIDTHS = ((1024, 576, 1536), (512, 2048, 2048))
+WIDTHS = (("SmolLM2-135M up", 1024), ("Llama-3.2-1B up", 256))  # shape, T
 POOLS = ((8, 8), (8, 16), (16, 16), (32, 16), (64, 16))  # (n, r)
 
 
@@ -28,20 +29,21 @@ def main() -> None:
     args = parser.parse_args()
     prepare_cpu()
     rows: list[dict[str, object]] = []
-    for T, d, o in WIDTHS:
+    for shape, tokens in WIDTHS:
         for k in (1, 2, 4):
             for n, r in POOLS:
-                rows.append(measure(Case("", T, d, o, n, k, r), args.rounds))
+                rows.append(measure(Cell(shape, tokens, n, r, k), args.rounds))
                 print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     if not args.no_save:
         print(f"\nwritten to {write_rows('crossover', rows)}")
 
 
-def measure(case: Case, rounds: int) -> dict[str, object]:
+def measure(case: Cell, rounds: int) -> dict[str, object]:
     """One row."""
     problem = Problem(case)
     steps = {
-        name: problem.step(lambda name=name: problem.remix(name)) for name in ("dense", "grouped")
+        name: problem.run(lambda name=name: problem.remix(strategy=name))
+        for name in ("dense", "grouped")
     }
     times = interleaved(steps, rounds)
     measured = times["grouped"].ratio_to(times["dense"])

@@ -28,6 +28,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,9 +36,27 @@ import triton
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from benchmarks.bench_layer import Case
 from benchmarks.common import RESULTS, environment, relative_error
 from remix_kernels import routed_linear, triton_dense
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape, from a named model."""
+
+    model: str
+    rows: int
+    in_features: int
+    out_features: int
+    n: int
+    k: int
+    r: int
+
+    def __str__(self) -> str:
+        """Readable shape id."""
+        shape = f"T{self.rows}-{self.in_features}x{self.out_features}"
+        return f"{shape}-n{self.n}-k{self.k}-r{self.r}"
+
 
 CASES = (
     Case("Llama-3-8B up", 16384, 4096, 14336, 8, 4, 8),

@@ -1,218 +1,212 @@
-"""One adapted linear, forward + backward: routed_linear against what a user would otherwise run.
+"""One adapted linear: routed_linear against what a user would otherwise run, cell by cell.
 
-    frozen       x W^T, gradient for x only: the floor
-    remix        routed_linear, strategy "auto"
-    lora_kr      PEFT LoRA of rank k r: as many active parameters as ReMix
-    lora_nr      PEFT LoRA of rank n r: as many parameters
-    expert_loop  a loop over experts with index_add, as mixtures of LoRAs are usually written
-    dense_gemms  the eight matrix products of the dense strategy and nothing around them
+`benchmarks/layers/cells.py` has the shapes, `peers.py` what is compared. Each variant is checked
+against fp64 before anything is timed; then all take turns, with cold caches. Unit: ms of the cell's
+passes (fp32, two threads), ratios round by round, and MiB that torch allocates at the peak.
+Choosing experts (router logits, sampling) is no part of it.
 
-Unit: ms a pass (fp32, two threads), and MiB that torch allocates at the peak. Adapter FLOPs over
-the frozen linear's 4 T in out: dense 6 T n r (in + out), LoRA 6 T k r (in + out). Choosing experts
-(router logits, sampling) is no part of it. Gradients are checked against fp64 before anything is
-timed.
-
-    python -m benchmarks.bench_layer [--rounds 30] [--strategies] [--no-save]
+    python -m benchmarks.bench_layer                     the default cells
+    python -m benchmarks.bench_layer --full              the whole grid; goes on where it stopped
+    python -m benchmarks.bench_layer --compare rows.csv  the cells of those rows; fails where one of
+                                                         our ratios has grown beyond the noise
+    options: --cells NAME-PART ... --peers NAME ... --seconds 3 --rounds 30 --no-save
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+import csv
+import gc
+import sys
+from pathlib import Path
 
-import torch
-from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
+import psutil
 
 from benchmarks.common import (
+    RESULTS,
+    Timing,
+    environment,
     interleaved,
     peak_bytes,
     prepare_cpu,
-    relative_error,
+    quantile,
     write_rows,
 )
-from remix_kernels import routed_linear, sample_top_k
+from benchmarks.layers.cells import DEFAULT, Cell, every_cell
+from benchmarks.layers.peers import PEERS, runnable
+from benchmarks.layers.problem import Problem
 from remix_kernels._dispatch import resolve_strategy
-from remix_model.layer import empty_b
+
+COMPILED = ("T1-n8-r8-k2-M1-uniform-infer", "T1024-n8-r8-k2-M1", "T1024-n32-r16-k2-M1-uniform")
+OURS = ("remix", "dense", "grouped", "gather")
+GROWTH = 1.10  # of a ratio, that is more than rounding of the code
 
 
-@dataclass(frozen=True)
-class Case:
-    """A shape, from a named model."""
-
-    model: str
-    rows: int
-    in_features: int
-    out_features: int
-    n: int
-    k: int
-    r: int
-
-    def __str__(self) -> str:
-        """Readable shape id."""
-        shape = f"T{self.rows}-{self.in_features}x{self.out_features}"
-        return f"{shape}-n{self.n}-k{self.k}-r{self.r}"
-
-
-CASES = (
-    Case("SmolLM2-135M up", 1024, 576, 1536, 8, 4, 8),
-    Case("SmolLM2-135M up, k=2", 1024, 576, 1536, 8, 2, 8),
-    Case("SmolLM2-135M up, M=4", 4096, 576, 1536, 8, 4, 8),
-    Case("SmolLM2-135M down", 1024, 1536, 576, 8, 4, 8),
-    Case("Llama-3.2-1B up", 512, 2048, 8192, 32, 2, 16),
-)
-
-
-class Problem:
-    """Tensors of a case, and each variant as a function that runs one forward and backward pass."""
-
-    def __init__(self, case: Case) -> None:
-        """Draw signed random data."""
-        torch.manual_seed(0)
-        self.case = case
-        n, k, r = case.n, case.k, case.r
-        self.x = torch.randn(case.rows, case.in_features, requires_grad=True)
-        self.linear = nn.Linear(case.in_features, case.out_features, bias=False)
-        self.linear.requires_grad_(False)
-        self.lora_A = (torch.randn(n, r, case.in_features) / case.in_features**0.5).requires_grad_()
-        self.lora_B = (
-            empty_b(n, case.out_features, r).normal_().requires_grad_()
-        )  # the layers' strides
-        self.index = sample_top_k(torch.randn(case.rows, n), k, seed=0)
-        self.dy = torch.randn(case.rows, case.out_features)
-        self.loras = {"lora_kr": self._lora(k * r), "lora_nr": self._lora(n * r)}
-
-    def _lora(self, rank: int) -> nn.Module:
-        holder = nn.Sequential(nn.Linear(self.case.in_features, self.case.out_features, bias=False))
-        holder.requires_grad_(False)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"], init_lora_weights=False)
-        return inject_adapter_in_model(config, holder)
-
-    def remix(self, strategy: str = "auto") -> Tensor:
-        """Our op's output."""
-        return routed_linear(
-            self.x,
-            self.linear.weight,
-            None,
-            self.lora_A,
-            self.lora_B,
-            self.index,
-            0.5,
-            strategy=strategy,
-            check=False,  # as the layers call it
+def measure(cell: Cell, peers: list[str], rounds: int, seconds: float) -> list[dict[str, object]]:
+    """Rows of one cell, a variant each; those that cannot run say why."""
+    problem = Problem(cell)
+    forwards, reasons = runnable(problem, peers)
+    runs = {name: problem.run(forward) for name, forward in forwards.items()}
+    times = interleaved(runs, rounds, warmup=1, cold=True, seconds=seconds)
+    top = (cell.rows, problem.lora_A, problem.lora_B, cell.k, problem.x.dtype)
+    auto = resolve_strategy("auto", *top)
+    sizes = {
+        "cell": str(cell),
+        "shape": cell.shape,
+        "T": cell.tokens,
+        "n": cell.n,
+        "r": cell.r,
+        "k": cell.k,
+        "M": cell.m,
+        "routing": cell.routing,
+        "passes": "train" if cell.backward else "infer",
+        "auto": auto,
+    }
+    rows: list[dict[str, object]] = []
+    for name in peers:
+        if name not in times:
+            rows.append({**sizes, "variant": name, **_nothing(reasons[name])})
+            continue
+        timing, over = times[name], times[name].ratios_to(times["frozen"])
+        rows.append(
+            {
+                **sizes,
+                "variant": name,
+                "time_ms": f"{timing.median_ms:.4f}",
+                "p20_ms": f"{timing.quantile_ms(0.2):.4f}",
+                "p80_ms": f"{timing.quantile_ms(0.8):.4f}",
+                "over_frozen": f"{quantile(over, 0.5):.4f}",
+                "over_p20": f"{quantile(over, 0.2):.4f}",
+                "over_p80": f"{quantile(over, 0.8):.4f}",
+                "over_lora_kr": _ratio(timing, times.get("lora_kr")),
+                "peak_mib": f"{peak_bytes(runs[name], warm=True) / 2**20:.2f}",
+                "rounds": len(timing.times_ms),
+                "why_not": "",
+            }
         )
+    return rows
 
-    def expert_loop(self) -> Tensor:
-        """Frozen output plus each expert's rows, added one expert at a time."""
-        y = self.linear(self.x)
-        for expert in range(self.case.n):
-            rows, _ = torch.where(self.index == expert)
-            hidden = self.x[rows] @ self.lora_A[expert].T
-            y.index_add_(0, rows, 0.5 * (hidden @ self.lora_B[expert].T))
-        return y
 
-    def step(self, forward: Callable[[], Tensor]) -> Callable[[], None]:
-        """One forward and backward pass; gradients are dropped, as an optimizer would."""
+def _ratio(timing: Timing, other: Timing | None) -> str:
+    return "" if other is None else f"{timing.ratio_to(other):.4f}"
 
-        def run() -> None:
-            forward().backward(self.dy)
-            self.x.grad = self.lora_A.grad = self.lora_B.grad = None
-            for lora in self.loras.values():
-                lora.zero_grad(set_to_none=True)
 
-        return run
+def _nothing(reason: str) -> dict[str, object]:
+    names = ("time_ms", "p20_ms", "p80_ms", "over_frozen", "over_p20", "over_p80", "over_lora_kr")
+    return {**dict.fromkeys((*names, "peak_mib", "rounds"), ""), "why_not": reason}
 
-    @torch.no_grad()
-    def gemms(self) -> None:
-        """Only the matrix products of the dense strategy: what no code around them can undercut."""
-        x, dy, weight = self.x, self.dy, self.linear.weight
-        lora_a = self.lora_A.flatten(0, 1)
-        lora_b = self.lora_B.transpose(1, 2).flatten(0, 1)
-        hidden = (lora_a @ x.T).T
-        torch.nn.functional.linear(x, weight).addmm_(hidden, lora_b)
-        dhidden = (lora_b @ dy.T).T
-        (dy @ weight).addmm_(dhidden, lora_a)
-        _ = hidden.T @ dy, dhidden.T @ x
 
-    def variants(self, strategies: bool) -> dict[str, Callable[[], None]]:
-        """Every variant by name."""
-        forwards: dict[str, Callable[[], Tensor]] = {
-            "frozen": lambda: self.linear(self.x),
-            "remix": self.remix,
-            "lora_kr": lambda: self.loras["lora_kr"](self.x),
-            "lora_nr": lambda: self.loras["lora_nr"](self.x),
-            "expert_loop": self.expert_loop,
-        }
-        if strategies:
-            forwards["dense"] = lambda: self.remix("dense")
-            forwards["grouped"] = lambda: self.remix("grouped")
-        steps = {name: self.step(forward) for name, forward in forwards.items()}
-        return {**steps, "dense_gemms": self.gemms}
+def fits(cell: Cell) -> bool:
+    """Whether a cell's tensors, a dozen of y among them, leave half of the memory free."""
+    widest = max(cell.in_features, cell.out_features)
+    weights = 3 * cell.in_features * cell.out_features + 4 * cell.n * cell.r * 2 * widest
+    needed = 4 * (12 * cell.rows * widest + weights + 4 * cell.rows * cell.n * cell.r)
+    return needed < psutil.virtual_memory().available / 2
 
-    def check(self) -> None:
-        """Output and gradients of our op and of the loop against the loop in fp64."""
-        doubles = Problem.__new__(Problem)
-        doubles.case, doubles.index = self.case, self.index
-        doubles.linear = nn.Linear(self.case.in_features, self.case.out_features, bias=False)
-        doubles.linear.weight = nn.Parameter(self.linear.weight.double(), requires_grad=False)
-        inputs = (self.x, self.lora_A, self.lora_B)
-        doubles.x, doubles.lora_A, doubles.lora_B = (
-            t.detach().double().requires_grad_() for t in inputs
+
+def show(rows: list[dict[str, object]], done: int, of: int) -> None:
+    """One cell's rows, on a line each."""
+    print(f"\n[{done}/{of}] {rows[0]['cell']}  auto = {rows[0]['auto']}")
+    for row in rows:
+        if row["why_not"]:
+            print(f"  {row['variant']:15s} not measured: {row['why_not']}")
+        else:
+            print(
+                f"  {row['variant']:15s} {row['time_ms']:>10} ms   x frozen {row['over_frozen']:>7}"
+                f"   x lora_kr {row['over_lora_kr']:>7}   peak {row['peak_mib']} MiB"
+            )
+    sys.stdout.flush()
+
+
+def compare(path: Path, rounds: int, seconds: float) -> int:
+    """Measure the cells of earlier rows again: 1 if one of our ratios has grown, else 0.
+
+    It has if its median is a tenth higher and its fastest fifth is slower than the slowest fifth
+    was; then the cell is measured once more, four times as long, and has to say so again.
+    """
+    before = {(row["cell"], row["variant"]): row for row in _read(path) if row["over_frozen"]}
+    cells = {str(cell): cell for cell in (*DEFAULT, *every_cell())}
+    names = list(dict.fromkeys(name for name, _ in before if name in cells))
+    if not names:
+        raise SystemExit(f"{path} has rows of no cell that is known here")
+    grown = []
+    for done, name in enumerate(names, 1):
+        ours = [v for v in OURS if (name, v) in before]
+        for patience in (1, 4):
+            peers = ["frozen", *ours]
+            rows = measure(cells[name], peers, patience * rounds, patience * seconds)
+            worse = [row for row in rows if _has_grown(row, before.get((name, row["variant"])))]
+            if not worse:
+                break
+        show(rows, done, len(names))
+        grown += worse
+    print(f"\n{len(names)} cells compared with {path}")
+    for row in grown:
+        was = before[name_of(row)]
+        print(
+            f"  slower: {row['cell']} {row['variant']}: {row['over_frozen']} x frozen, it was "
+            f"{was['over_frozen']} ({was['over_p20']} to {was['over_p80']})"
         )
+    return 1 if grown else 0
 
-        def results(problem: Problem, forward: Callable[[], Tensor]) -> list[Tensor]:
-            y = forward()
-            wrt = (problem.x, problem.lora_A, problem.lora_B)
-            return [y, *torch.autograd.grad(y, wrt, self.dy.to(y.dtype))]
 
-        truth = results(doubles, doubles.expert_loop)
-        ours, eager = results(self, self.remix), results(self, self.expert_loop)
-        eps = torch.finfo(torch.float32).eps
-        for name, a, b, t in zip(("y", "dx", "dA", "dB"), ours, eager, truth, strict=True):
-            limit = 2 * relative_error(b, t) + 4 * eps
-            if relative_error(a, t) > limit:
-                raise SystemExit(f"{self.case}: {name} is off by {relative_error(a, t):.2e}")
+def name_of(row: dict[str, object]) -> tuple[str, str]:
+    """(cell, variant)."""
+    return str(row["cell"]), str(row["variant"])
+
+
+def _has_grown(row: dict[str, object], was: dict[str, str] | None) -> bool:
+    if was is None or row["variant"] == "frozen" or not row["over_frozen"]:
+        return False
+    grown = float(str(row["over_frozen"])) > GROWTH * float(was["over_frozen"])
+    return grown and float(str(row["over_p20"])) > float(was["over_p80"])
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def main() -> None:
-    """Measure every case, print a table, append the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--strategies", action="store_true", help="also time each strategy")
+    """Measure the chosen cells, append the rows cell by cell."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full", action="store_true", help="the whole grid: days")
+    parser.add_argument("--compare", type=Path, metavar="ROWS")
+    parser.add_argument("--cells", nargs="+", default=(), help="only those whose name has one")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--rounds", type=int, default=30, help="at most")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of rounds, a cell")
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
     prepare_cpu()
-    rows: list[dict[str, object]] = []
-    for case in CASES:
-        problem = Problem(case)
-        problem.check()
-        variants = problem.variants(args.strategies)
-        times = interleaved(variants, args.rounds)
-        chosen = resolve_strategy(
-            "auto", case.rows, problem.lora_A, problem.lora_B, case.k, problem.x.dtype
-        )
-        print(f"\n{case.model}  {case}  auto = {chosen}")
-        for name, timing in times.items():
-            peak_mib = peak_bytes(variants[name]) / 2**20
-            row = {
-                "model": case.model,
-                "case": str(case),
-                "variant": name,
-                "time_ms": f"{timing.median_ms:.3f}",
-                "p20_ms": f"{timing.quantile_ms(0.2):.3f}",
-                "p80_ms": f"{timing.quantile_ms(0.8):.3f}",
-                "over_frozen": f"{timing.ratio_to(times['frozen']):.3f}",
-                "over_lora_kr": f"{timing.ratio_to(times['lora_kr']):.3f}",
-                "peak_mib": f"{peak_mib:.2f}",
-            }
-            rows.append(row)
-            print(
-                f"  {name:12s} {row['time_ms']:>9} ms   x frozen {row['over_frozen']}   "
-                f"x lora_kr {row['over_lora_kr']}   peak {row['peak_mib']} MiB"
-            )
+    if args.compare is not None:
+        raise SystemExit(compare(args.compare, args.rounds, args.seconds))
+    cells = every_cell() if args.full else list(DEFAULT)
+    cells = [c for c in cells if not args.cells or any(part in str(c) for part in args.cells)]
+    if not cells:
+        raise SystemExit(f"no cell is named like {' or '.join(args.cells)}")
+    name = "grid_full" if args.full else "grid"
+    path, here = RESULTS / f"{name}.csv", environment()
+    known = _read(path) if args.full and path.exists() else []
+    done = {row["cell"] for row in known if row["device"] == here["device"]}
+    peers = list(dict.fromkeys(("frozen", *args.peers)))
+    for number, cell in enumerate(cells, 1):
+        if str(cell) in done:
+            continue
+        if not fits(cell):
+            print(f"\n[{number}/{len(cells)}] {cell}: not measured, too large for the memory")
+            continue
+        compiled = not args.full and any(part in str(cell) for part in COMPILED)
+        chosen = [p for p in peers if p != "dense_compiled" or compiled]
+        rows = measure(cell, chosen, args.rounds, args.seconds)
+        show(rows, number, len(cells))
+        gc.collect()
+        if not args.no_save:
+            write_rows(name, rows)
     if not args.no_save:
-        print(f"\nwritten to {write_rows('layer', rows)}")
+        print(f"\nrows are in {path}")
 
 
 if __name__ == "__main__":

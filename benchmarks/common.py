@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import platform
 import statistics
 import subprocess
@@ -37,13 +38,21 @@ class Timing:
 
     def quantile_ms(self, q: float) -> float:
         """The q-quantile over rounds, by nearest rank."""
-        ordered = sorted(self.times_ms)
-        return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
+        return quantile(self.times_ms, q)
+
+    def ratios_to(self, other: Timing) -> list[float]:
+        """This time over the other's in the same round, for every round."""
+        return [a / b for a, b in zip(self.times_ms, other.times_ms, strict=True)]
 
     def ratio_to(self, other: Timing) -> float:
         """Median over rounds of this time over the other's in the same round."""
-        pairs = zip(self.times_ms, other.times_ms, strict=True)
-        return statistics.median(a / b for a, b in pairs)
+        return statistics.median(self.ratios_to(other))
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-quantile, by nearest rank."""
+    ordered = sorted(values)
+    return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
 
 
 def prepare_cpu() -> None:
@@ -53,22 +62,50 @@ def prepare_cpu() -> None:
     """
     torch.set_num_threads(THREADS)
     keep_freed_memory()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines
 
 
 def interleaved(
-    variants: dict[str, Callable[[], object]], rounds: int, warmup: int = 2
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    *,
+    cold: bool = False,
+    seconds: float = float("inf"),
 ) -> dict[str, Timing]:
-    """Time each variant once a round, in turn."""
+    """Time each variant once a round, in turn.
+
+    Args:
+        variants: What to run.
+        rounds: At most.
+        warmup: Rounds that are not counted.
+        cold: Fill the processor's caches with something else before each run, as the rest of a
+            model would: what a run reads comes from memory.
+        seconds: Rounds end then, but not before there are 3.
+    """
     for _ in range(warmup):
         for run in variants.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
+    other = torch.empty(_cache_bytes() // 4 if cold else 0)
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - began > seconds:
+            break
         for name, run in variants.items():
+            other.fill_(1.0)
             start = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - start) * 1e3)
     return {name: Timing(values) for name, values in times.items()}
+
+
+def _cache_bytes() -> int:
+    """A little more than the largest cache of the processor; 64 MiB where it does not say."""
+    try:
+        return max(2**26, int(1.1 * os.sysconf("SC_LEVEL3_CACHE_SIZE")))
+    except (AttributeError, ValueError, OSError):
+        return 2**26
 
 
 def peak_bytes(run: Callable[[], object], warm: bool = False) -> int:

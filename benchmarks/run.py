@@ -1,27 +1,44 @@
 """Every benchmark of the CPU, one after the other: `make bench`.
 
-python -m benchmarks.run [--rounds N] [--no-save]      as each script's own
+Microbenchmarks by pytest-benchmark; then, side by side with what users would otherwise run, one
+adapted linear, a training step and generation; then where their time goes.
+
+python -m benchmarks.run [--no-save] [--compare ROWS]
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
+from pathlib import Path
 
-from benchmarks import bench_crossover, bench_layer, bench_train_step
+import pytest
+
+from benchmarks import bench_layer, bench_profile, bench_train_step
 
 
 def main() -> None:
-    """Run each script's main with the arguments that all of them take."""
-    arguments = sys.argv[1:]
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--no-save", action="store_true")
-    parser.parse_args(arguments)  # before the first of them writes rows
-    for module in (bench_layer, bench_crossover, bench_train_step):
-        print(f"\n== {module.__name__}")
-        sys.argv = [module.__name__, *arguments]
+    """Run each script's main; stop at the first that fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--no-save", action="store_true", help="append no rows to results")
+    parser.add_argument("--compare", metavar="ROWS", help="only compare with these, of bench_layer")
+    args = parser.parse_args()
+    if args.compare:
+        sys.argv = ["bench_layer", "--compare", args.compare]
+        bench_layer.main()
+    save = ["--no-save"] if args.no_save else []
+    started = time.time()
+    folder = str(Path(__file__).parent)
+    timing = ["--benchmark-only", "--benchmark-max-time=0.3", "--benchmark-columns=min,median,iqr"]
+    code = pytest.main([folder, "-q", "-p", "no:cacheprovider", *timing])
+    if code:
+        raise SystemExit(int(code))
+    for module, rounds in ((bench_layer, 30), (bench_train_step, 5), (bench_profile, None)):
+        print(f"\n== {module.__name__}", flush=True)
+        sys.argv = [module.__name__, *save, *(["--rounds", str(rounds)] if rounds else [])]
         module.main()
+    print(f"\n{(time.time() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

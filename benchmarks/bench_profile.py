@@ -1,0 +1,273 @@
+"""Where the time of a SmolLM2-135M training step and of a generated token goes, kind by kind.
+
+The step and the generation of bench_train_step, under torch's profiler. Every operator's own time
+goes to one kind, by the range it runs in and the shapes it has:
+
+    base GEMM        the frozen linears, forward and backward
+    attention        scaled dot products
+    lm_head, loss    whatever has the vocabulary among its sizes
+    rest of model    norms, activations, rotary embeddings, sums
+    shrink, expand   matrix products with A, with B; forward and backward
+    router           logits, and the product that makes the router's gradient
+    sampling         noise and top k
+    log-prob         its gradient, and the advantages' way to it
+    mask, scale      what else the routed op does
+    our Python       our own code between operators, autograd nodes included
+    other Python     what is left of the wall clock: transformers, torch, the profiler itself
+
+`ours_not_gemm` sums the four before the last: the profiler makes every operator a few microseconds
+slower, so it is an upper bound.
+
+    python -m benchmarks.bench_profile [--parts step generate] [--no-save]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.bench_train_step import (
+    BATCH,
+    LENGTH,
+    NEW_TOKENS,
+    TARGETS,
+    K,
+    N,
+    R,
+    batch_of,
+    build,
+    generation,
+    lora_step,
+    remix_step,
+)
+from benchmarks.common import prepare_cpu, write_rows
+from remix_model import ReMixConfig
+from remix_model.layer import Pool
+from remix_model.site import RoutingSite
+from remix_model.state import RoutingState
+
+GEMMS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::addmv_", "aten::mv"}
+OURS_NOT_GEMM = ("sampling", "log-prob", "mask, scale", "our Python")
+KINDS = (
+    "base GEMM",
+    "attention",
+    "lm_head, loss",
+    "rest of model",
+    "shrink",
+    "expand",
+    "router",
+    *OURS_NOT_GEMM,
+    "other Python",
+)
+OURS = ("remix::", "Routed", "DeliverRouterGradient", "LossTap")
+RANGES: dict[tuple[type, str], str] = {
+    (Pool, "linear"): "remix::layer",
+    (RoutingSite, "_logits"): "remix::router",
+    (RoutingSite, "_draw"): "remix::sampling",
+    (RoutingState, "note"): "remix::log-prob",
+    (RoutingState, "dlogits"): "remix::log-prob",
+    (RoutingState, "collected"): "remix::log-prob",
+}
+
+
+@contextmanager
+def ranges() -> Iterator[None]:
+    """Inside, the parts of a routed layer show up by name in the profile."""
+    kept = {key: getattr(*key) for key in RANGES}
+
+    def named(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with record_function(name):
+                return method(*args, **kwargs)
+
+        return run
+
+    for (owner, attribute), name in RANGES.items():
+        setattr(owner, attribute, named(kept[owner, attribute], name))
+    try:
+        yield
+    finally:
+        for (owner, attribute), method in kept.items():
+            setattr(owner, attribute, method)
+
+
+@dataclass
+class Op:
+    """An operator or range of the profile, and what runs inside it."""
+
+    name: str
+    shapes: list[list[int]]
+    end_ns: int
+    own_ns: int  # without what runs inside
+    parent: Op | None
+    children: list[Op] = field(default_factory=list)
+
+    def place(self) -> str | None:
+        """The innermost range of ours around it, or itself."""
+        op: Op | None = self
+        while op is not None and not op.name.startswith(OURS):
+            op = op.parent
+        return None if op is None else op.name
+
+    def within(self, prefix: str) -> Op | None:
+        """The innermost op around it whose name begins so."""
+        op = self.parent
+        while op is not None and not op.name.startswith(prefix):
+            op = op.parent
+        return op
+
+    def has(self, size: int) -> bool:
+        """Whether an operand has a dimension of that size."""
+        return any(size in shape for shape in self.shapes)
+
+    def below(self) -> Iterator[Op]:
+        """All that runs inside, in order."""
+        for child in self.children:
+            yield child
+            yield from child.below()
+
+
+def ops_of(profiler: profile) -> list[Op]:
+    """Every op of the thread that ran the step, each with its parent.
+
+    From the raw events: torch's own list of them takes minutes for a step's.
+    """
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() != "[memory]"]
+    main = Counter(e.start_thread_id() for e in events).most_common(1)[0][0]
+    events = [e for e in events if e.start_thread_id() == main]
+    events.sort(key=lambda e: (e.start_ns(), -e.duration_ns()))
+    ops: list[Op] = []
+    open_op: Op | None = None
+    for event in events:
+        while open_op is not None and event.start_ns() >= open_op.end_ns:
+            open_op = open_op.parent
+        duration = event.duration_ns()
+        shapes = [shape for shape in event.shapes() if shape]
+        op = Op(event.name(), shapes, event.start_ns() + duration, duration, open_op)
+        if open_op is not None:
+            open_op.children.append(op)
+            open_op.own_ns -= duration
+        ops.append(op)
+        open_op = op
+    return ops
+
+
+def kind_of(op: Op, vocabulary: int, columns: int) -> str:
+    """The kind of an operator's own time.
+
+    Args:
+        op: Of the profile.
+        vocabulary: Its size.
+        columns: n r, of the pool.
+    """
+    place = op.place()
+    if not op.name.startswith("aten::"):
+        return "other Python" if place is None else "our Python"
+    if place == "remix::router":
+        return "router"
+    if place in ("remix::sampling", "remix::log-prob"):
+        return place.removeprefix("remix::")
+    if place == "DeliverRouterGradientBackward":
+        return "router" if op.name in GEMMS else "log-prob"
+    if place is not None and op.name in GEMMS:
+        return _product(op, columns) if op.has(columns) else "base GEMM"
+    if place is not None:
+        return "mask, scale"
+    if op.has(vocabulary):
+        return "lm_head, loss"
+    if "scaled_dot_product" in op.name:
+        return "attention"
+    return "base GEMM" if op.name in GEMMS else "rest of model"
+
+
+def _product(op: Op, columns: int) -> str:
+    """Shrink multiplies by A (or makes its gradient), expand by B.
+
+    Told apart by the order in which the dense strategy calls them: forward A, B; backward dB, dH
+    (both B), dA, dx (both A).
+    """
+    node, adds = op.within("RoutedBackward"), op.name.startswith("aten::addm")
+    if node is None:
+        return "expand" if adds else "shrink"
+    products = [other for other in node.below() if other.name == "aten::mm" and other.has(columns)]
+    return "expand" if any(op is other for other in products[:2]) else "shrink"
+
+
+def times_of(
+    run: Callable[[], None], vocabulary: int, columns: int
+) -> tuple[dict[str, float], float]:
+    """(seconds by kind, seconds without the profiler) of one call."""
+    run()
+    start = time.perf_counter()
+    run()
+    plain = time.perf_counter() - start
+    with ranges(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        start = time.perf_counter()
+        run()
+        wall = time.perf_counter() - start
+    found: dict[str, float] = defaultdict(float)
+    for op in ops_of(profiler):
+        found[kind_of(op, vocabulary, columns)] += op.own_ns / 1e9
+    found["other Python"] += wall - sum(found.values())
+    return dict(found), plain
+
+
+def main() -> None:
+    """Measure, print, append the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=["step", "generate"])
+    parser.add_argument("--no-save", action="store_true")
+    args = parser.parse_args()
+    prepare_cpu()
+    lora = build(LoraConfig(r=K * R, lora_alpha=2, use_rslora=True, target_modules=TARGETS))
+    remix = build(ReMixConfig(num_experts=N, top_k=K, r=R, target_modules=TARGETS))
+    vocabulary = lora.config.vocab_size
+    batch = batch_of(BATCH, 0.5)
+    runs: dict[str, dict[str, tuple[Callable[[], None], int]]] = {
+        "step": {
+            "lora_kr": (lora_step(lora, batch), 1),
+            "remix_M4": (remix_step(remix, batch, 4), 4),
+        },
+        "generate": {
+            "lora_kr": (generation(lora), NEW_TOKENS),
+            "remix": (generation(remix), NEW_TOKENS),
+        },
+    }
+    rows: list[dict[str, object]] = []
+    for part in args.parts:
+        for variant, (run, per) in runs[part].items():
+            found, plain = times_of(run, vocabulary, N * R)
+            total = sum(found.values())
+            ours = sum(found.get(kind, 0.0) for kind in OURS_NOT_GEMM)
+            print(f"\n{part} {variant}: {plain:.3f} s, {total:.3f} s under the profiler")
+            for kind in KINDS:
+                seconds = found.get(kind, 0.0)
+                rows.append(
+                    {
+                        "part": f"{part} {BATCH}x{LENGTH}" if part == "step" else part,
+                        "variant": variant,
+                        "per": per,
+                        "kind": kind,
+                        "ms": f"{seconds / per * 1e3:.3f}",
+                        "share": f"{seconds / total:.4f}",
+                        "plain_ms": f"{plain / per * 1e3:.3f}",
+                    }
+                )
+                print(f"  {kind:15s} {seconds / per * 1e3:9.3f} ms  {seconds / total:6.1%}")
+            print(f"  ours, not a GEMM: {ours / total:.1%}")
+    if not args.no_save:
+        print(f"\nwritten to {write_rows('profile', rows)}")
+
+
+if __name__ == "__main__":
+    main()

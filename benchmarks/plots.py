@@ -1,0 +1,90 @@
+"""The plots of docs/performance.md, from the committed rows: `python -m benchmarks.plots`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+from benchmarks.estimators.tables import rows_of
+from benchmarks.layers.growth import SIZES, Row
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+
+FOLDER = Path(__file__).parent.parent / "docs" / "plots"
+LINES = {
+    "remix": ("ReMix, auto", "C3", "-"),
+    "grouped": ("ReMix, grouped", "C1", ":"),
+    "lora_nr": ("PEFT LoRA, rank n r", "C0", "-"),
+    "dense_eager": ("dense, eager", "C2", "--"),
+    "expert_loop": ("loop over experts", "C4", "-"),
+    "grouped_mm": ("sort + grouped_mm", "C5", "-"),
+}
+POOL = {"shape": "SmolLM2-135M up", "T": "1024", "k": "2", "M": "1", "routing": "uniform"}
+
+
+def cost_over_pool(rows: list[Row]) -> plt.Figure:
+    """Time over the frozen linear's against n r."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.0))
+    kept = [r for r in rows if r["passes"] == "train" and r["over_frozen"]]
+    kept = [r for r in kept if all(r[size] == value for size, value in POOL.items())]
+    for variant, (label, color, style) in LINES.items():
+        points = sorted(
+            (int(r["n"]) * int(r["r"]), float(r["over_frozen"]))
+            for r in kept
+            if r["variant"] == variant
+        )
+        axes.plot(*zip(*points, strict=True), style, color=color, marker="o", ms=3, label=label)
+    axes.axhline(1.0, color="0.6", lw=0.8)
+    axes.set(
+        xscale="log", yscale="log", xlabel="n r, ranks in the pool", ylabel="time / frozen linear"
+    )
+    axes.set_title("576 -> 1536, T = 1024, k = 2, forward + backward", fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def step_over_selections(rows: list[Row]) -> plt.Figure:
+    """Time and memory of a SmolLM2 step against M, all selections with a graph or one."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.6))
+    kinds = {
+        "all with a graph": ("M{m}-G{m}", "C0"),
+        "one with a graph": ("M{m}-G1", "C3"),
+        "one, causal, unordered": ("M{m}-G1-causal-unordered", "C1"),
+    }
+    cases = {r["case"]: r for r in rows}
+    for label, (pattern, color) in kinds.items():
+        found = [(m, cases.get(pattern.format(m=m))) for m in (2, 4, 8, 32)]
+        points = [(m, r) for m, r in found if r is not None]
+        sizes = [m for m, _ in points]
+        left.plot(sizes, [float(r["time_s"]) for _, r in points], "o-", color=color, label=label)
+        right.plot(sizes, [float(r["peak_mib"]) for _, r in points], "o-", color=color)
+    for axes, name in ((left, "s a step"), (right, "peak MiB over the parameters")):
+        axes.set(xscale="log", yscale="log", xlabel="M, selections", ylabel=name)
+        axes.set_xticks([2, 4, 8, 32], ["2", "4", "8", "32"])
+    left.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def main() -> None:
+    """Write every plot whose rows are there."""
+    plt.rcParams.update({"svg.hashsalt": "remix", "svg.fonttype": "none", "font.size": 9})
+    FOLDER.mkdir(exist_ok=True)
+    plots = {
+        "cost_over_pool": (cost_over_pool, rows_of("grid", *SIZES, "variant")),
+        "step_over_selections": (step_over_selections, rows_of("estimators_steps", "case")),
+    }
+    for name, (draw, rows) in plots.items():
+        if not rows:
+            print(f"{name}: no rows")
+            continue
+        figure = draw(rows)
+        figure.tight_layout()
+        figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
+        plt.close(figure)
+        print(f"written to {FOLDER / name}.svg")
+
+
+if __name__ == "__main__":
+    main()
