@@ -1,17 +1,12 @@
 """One adapted linear on a GPU: our strategies against what a user would otherwise run.
 
-    frozen          x W^T and its dx, cuBLAS: the floor
-    auto            routed_linear as the layers call it
-    dense, grouped  the strategies of the Triton backend
+    the peers of benchmarks/layers/peers.py, Axolotl's ScatterMoE kernels among them where axolotl
+    is installed, and
     dense_own       dense with the frozen product in our K-extended GEMM; plain_own: that GEMM with
                     no adapter, forward only, which dense_own is held to
-    torch_dense     the PyTorch backend, eager; torch_compiled: the same under torch.compile
-    grouped_mm      rows sorted by expert, torch's grouped GEMM, index_add
-    expert_loop     a loop over experts with index_add_, as mixtures of LoRAs are usually written
-    scattermoe      Axolotl's ScatterMoE kernels on the same pool, where axolotl is installed
-    lora_kr, lora_nr  PEFT LoRA of rank k r and n r
+    torch_dense     the PyTorch backend, eager
 
-and decoding of 1 to 32 rows in a CUDA graph: frozen, auto, gather, dense.
+and decoding of 1 to 32 rows in a CUDA graph: frozen, remix, gather, dense.
 
 Unit: ms, by CUDA events, medians of interleaved rounds; MiB allocated at the peak over what was
 there before. Results are checked against fp64 before anything is timed. Without a GPU it says so
@@ -25,159 +20,64 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
-from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.common import RESULTS, environment, relative_error
-from remix_kernels import routed_linear, triton_dense
+from benchmarks.common import RESULTS, Timing, environment
+from benchmarks.layers.cells import Cell
+from benchmarks.layers.peers import PEERS, Forward, Unable, runnable
+from benchmarks.layers.problem import Problem
+from remix_kernels import triton_dense
 
-
-@dataclass(frozen=True)
-class Case:
-    """A shape, from a named model."""
-
-    model: str
-    rows: int
-    in_features: int
-    out_features: int
-    n: int
-    k: int
-    r: int
-
-    def __str__(self) -> str:
-        """Readable shape id."""
-        shape = f"T{self.rows}-{self.in_features}x{self.out_features}"
-        return f"{shape}-n{self.n}-k{self.k}-r{self.r}"
-
-
-CASES = (
-    Case("Llama-3-8B up", 16384, 4096, 14336, 8, 4, 8),
-    Case("Llama-3-8B down", 16384, 14336, 4096, 8, 4, 8),
-    Case("Llama-3-8B up", 16384, 4096, 14336, 8, 2, 16),
-    Case("Llama-3-8B up", 16384, 4096, 14336, 32, 2, 16),
-    Case("Llama-3-8B up", 16384, 4096, 14336, 64, 2, 64),
-    Case("Llama-3.2-1B up", 4096, 2048, 8192, 8, 4, 8),
+CELLS = (
+    Cell("Llama-3-8B up", 16384, n=8, r=8, k=4),
+    Cell("Llama-3-8B down", 16384, n=8, r=8, k=4),
+    Cell("Llama-3-8B up", 16384, n=8, r=16, k=2),
+    Cell("Llama-3-8B up", 16384, n=32, r=16, k=2),
+    Cell("Llama-3-8B up", 16384, n=64, r=64, k=2),
+    Cell("Llama-3.2-1B up", 4096, n=8, r=8, k=4),
 )
-DECODE = tuple(Case("Llama-3-8B up", rows, 4096, 14336, 8, 4, 8) for rows in (1, 4, 32))
+DECODE = tuple(Cell("Llama-3-8B up", rows, n=8, r=8, k=4, backward=False) for rows in (1, 4, 32))
 
 
-class Problem:
-    """bf16 tensors of a case and each variant's forward pass."""
+def dense_own(problem: Problem) -> Forward:
+    """The dense strategy; `gemm_of` says in whose GEMM."""
+    return lambda: problem.remix(backend="triton", strategy="dense")
 
-    def __init__(self, case: Case) -> None:
-        """Draw signed random data on the GPU."""
-        generator = torch.Generator("cuda").manual_seed(0)
 
-        def signed(*size: int, scale: float = 1.0) -> Tensor:
-            drawn = torch.randn(size, generator=generator, device="cuda")
-            return drawn.mul_(scale).to(torch.bfloat16)
+def plain_own(problem: Problem) -> Forward:
+    """x W^T in our GEMM: the K-extended kernel with no columns to extend by."""
+    if problem.cell.backward:
+        raise Unable("forward only")
 
-        T, d, o, n, k, r = (
-            case.rows, case.in_features, case.out_features, case.n, case.k, case.r
-        )  # fmt: skip
-        self.case = case
-        self.x = signed(T, d).requires_grad_()
-        self.linear = nn.Linear(d, o, bias=False, device="cuda", dtype=torch.bfloat16)
-        self.linear.requires_grad_(False)
-        self.lora_A = signed(n, r, d, scale=d**-0.5).requires_grad_()
-        self.lora_B = signed(n, r, o).transpose(1, 2).requires_grad_()
-        keys = torch.rand(T, n, generator=generator, device="cuda")
-        self.index = keys.argsort(1)[:, :k].to(torch.int32)
-        self.dy = signed(T, o)
-        self.loras = {"lora_kr": self._lora(k * r), "lora_nr": self._lora(n * r)}
-
-    def _lora(self, rank: int) -> nn.Module:
-        holder = nn.Sequential(self.linear)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"], init_lora_weights=False)
-        return inject_adapter_in_model(config, holder).to("cuda", torch.bfloat16)
-
-    def remix(self, **choice: str) -> Tensor:
-        """Our op."""
-        return routed_linear(
-            self.x,
-            self.linear.weight,
-            None,
-            self.lora_A,
-            self.lora_B,
-            self.index,
-            0.5,
-            check=False,
-            **choice,
+    def forward() -> Tensor:
+        x = problem.x.detach()
+        y, nothing = x.new_empty(len(x), problem.cell.out_features), x.new_empty(len(x), 0)
+        triton_dense.expand(
+            nothing, problem.lora_B[:1].detach(), y, x=x, weight=problem.linear.weight
         )
-
-    def expert_loop(self) -> Tensor:
-        """Each expert's rows, added one expert at a time."""
-        y = self.linear(self.x)
-        for expert in range(self.case.n):
-            rows, _ = torch.where(self.index == expert)
-            hidden = self.x[rows] @ self.lora_A[expert].T
-            y.index_add_(0, rows, 0.5 * (hidden @ self.lora_B[expert].T))
         return y
 
-    def grouped_mm(self) -> Tensor:
-        """Pairs sorted by expert, two grouped GEMMs, summed back."""
-        flat = self.index.reshape(-1)
-        order = flat.argsort(stable=True)
-        rows = order // self.case.k
-        bounds = torch.arange(1, self.case.n + 1, device="cuda", dtype=flat.dtype)
-        offs = torch.searchsorted(flat[order], bounds, right=False).to(torch.int32)
-        hidden = torch.nn.functional.grouped_mm(
-            self.x[rows], self.lora_A.transpose(1, 2), offs=offs
-        )
-        out = torch.nn.functional.grouped_mm(
-            hidden * 0.5, self.lora_B.transpose(1, 2).contiguous(), offs=offs
-        )
-        return self.linear(self.x).index_add(0, rows, out)
+    return forward
 
-    def scattermoe(self) -> Tensor:
-        """Two of its linears: x to each chosen expert's ranks, and those to y, summed by gates."""
-        from axolotl.integrations.kernels.libs.scattermoe_lora import (
-            flatten_sort_count,
-            parallel_linear,
-        )
 
-        k, gates = self.case.k, self.x.new_full(self.index.shape, 0.5)
-        order = flatten_sort_count(self.index.long(), self.case.n)
-        hidden = parallel_linear(self.x, self.lora_A.transpose(1, 2), k, *order, grouped_out=True)
-        columns = self.lora_B.transpose(1, 2)
-        y = parallel_linear(hidden, columns, 1, *order, gates=gates, grouped_in=True)
-        return self.linear(self.x) + y
+def torch_dense(problem: Problem) -> Forward:
+    """The PyTorch backend."""
+    return lambda: problem.remix(backend="torch", strategy="dense")
 
-    @torch.no_grad()
-    def plain_own(self) -> Tensor:
-        """x W^T in our GEMM: the K-extended kernel with no columns to extend by."""
-        x, y = self.x, self.x.new_empty(self.case.rows, self.case.out_features)
-        nothing = x.new_empty(self.case.rows, 0)
-        triton_dense.expand(nothing, self.lora_B[:1], y, x=x, weight=self.linear.weight)
-        return y
 
-    def variants(self) -> dict[str, Callable[[], Tensor]]:
-        """Forward passes by name."""
-        compiled = torch.compile(lambda: self.remix(backend="torch", strategy="dense"))
-        found: dict[str, Callable[[], Tensor]] = {
-            "frozen": lambda: self.linear(self.x),
-            "auto": self.remix,
-            "dense": lambda: self.remix(backend="triton", strategy="dense"),
-            "dense_own": lambda: self.remix(backend="triton", strategy="dense"),
-            "plain_own": self.plain_own,
-            "grouped": lambda: self.remix(backend="triton", strategy="grouped"),
-            "torch_dense": lambda: self.remix(backend="torch", strategy="dense"),
-            "torch_compiled": compiled,
-            "grouped_mm": self.grouped_mm,
-            "scattermoe": self.scattermoe,
-            "expert_loop": self.expert_loop,
-            "lora_kr": lambda: self.loras["lora_kr"](self.x),
-            "lora_nr": lambda: self.loras["lora_nr"](self.x),
-        }
-        return found
+VARIANTS: dict[str, Callable[[Problem], Forward]] = {
+    **{name: peer for name, peer in PEERS.items() if name not in ("gather", "einsum")},
+    "dense_own": dense_own,
+    "plain_own": plain_own,
+    "torch_dense": torch_dense,
+}
 
 
 @contextmanager
@@ -193,34 +93,6 @@ def gemm_of(name: str) -> Iterator[None]:
         del os.environ["REMIX_GEMM"]
 
 
-def check(problem: Problem, name: str, forward: Callable[[], Tensor]) -> str:
-    """Raise unless a variant of the mixture is right; return why it cannot run, else ""."""
-    try:
-        with gemm_of(name):
-            y = forward()
-    except (ImportError, RuntimeError, AttributeError, NotImplementedError) as error:
-        return " ".join(str(error).split())[:120] or type(error).__name__
-    if name in ("frozen", "plain_own", "lora_kr", "lora_nr"):
-        return ""
-    with torch.no_grad():
-        few = slice(0, 256)
-        truth = routed_linear(
-            problem.x[few].double(),
-            problem.linear.weight.double(),
-            None,
-            problem.lora_A.double(),
-            problem.lora_B.double(),
-            problem.index[few],
-            0.5,
-            backend="torch",
-            strategy="dense",
-        )
-    error = relative_error(y[few], truth)
-    if error > 0.02:
-        raise AssertionError(f"{name} at {problem.case} is off by {error:.3f}: nothing is timed")
-    return ""
-
-
 def time_ms(run: Callable[[], object]) -> float:
     """One run between two CUDA events, on an idle GPU with a flushed L2."""
     flush = torch.empty(2**26, dtype=torch.int32, device="cuda")
@@ -233,69 +105,31 @@ def time_ms(run: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """Rows of one case: forward, forward + backward, peak memory."""
-    problem = Problem(case)
-    runnable, rows = {}, []
-    for name, forward in problem.variants().items():
-        reason = check(problem, name, forward)
-        if reason:
-            print(f"  {name}: not measured ({reason})")
-            continue
-        runnable[name] = forward
-
-    def step(name: str, forward: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
+def measure(cell: Cell, rounds: int) -> list[dict[str, Any]]:
+    """Rows of one cell: forward, forward + backward, peak memory."""
+    rows = []
+    for backward in (False, True):
+        which = replace(cell, backward=backward)
+        problem = Problem(which, "cuda", torch.bfloat16)
+        runs = {}
+        for name, peer in VARIANTS.items():
             with gemm_of(name):
-                forward().backward(problem.dy)
-            problem.x.grad = problem.lora_A.grad = problem.lora_B.grad = None
-            for lora in problem.loras.values():
-                lora.zero_grad(set_to_none=True)
-
-        return run
-
-    def forward_only(name: str, forward: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            with torch.no_grad(), gemm_of(name):
-                forward()
-
-        return run
-
-    for which, wrap in (("forward", forward_only), ("forward+backward", step)):
-        runs = {name: wrap(name, forward) for name, forward in runnable.items()}
-        if which != "forward":
-            runs.pop("plain_own", None)
+                forwards, reasons = runnable(problem, {name: peer})
+            for forward in forwards.values():
+                runs[name] = under(name, problem.run(forward))
+            for reason in reasons.values():
+                print(f"  {name}: not measured ({reason})")
         peaks = {name: _peak_mib(run) for name, run in runs.items()}
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                times[name].append(time_ms(run))
-        for name in runs:
-            ratio = statistics.median(
-                a / b for a, b in zip(times[name], times["frozen"], strict=True)
-            )
-            row = {
-                "case": str(case),
-                "pass": which,
-                "variant": name,
-                "time_ms": f"{statistics.median(times[name]):.4f}",
-                "over_frozen": f"{ratio:.3f}",
-                "peak_mib": f"{peaks[name]:.1f}",
-            }
-            rows.append(row)
-            print(f"  {which:17s} {name:15s} {row['time_ms']:>9s} ms  x {row['over_frozen']}")
+        rows += _rows(str(which), _times(runs, rounds), peaks)
     return rows
 
 
-def measure_decode(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """Rows of one decoding case, each variant replayed as a CUDA graph."""
-    problem = Problem(case)
-    forwards: dict[str, Callable[[], Tensor]] = {
-        "frozen": lambda: problem.linear(problem.x),
-        "auto": problem.remix,
-        "gather": lambda: problem.remix(backend="triton", strategy="gather"),
-        "dense": lambda: problem.remix(backend="triton", strategy="dense"),
-    }
+def measure_decode(cell: Cell, rounds: int) -> list[dict[str, Any]]:
+    """Rows of one decoding cell, each variant replayed as a CUDA graph."""
+    problem = Problem(cell, "cuda", torch.bfloat16)
+    names = ("frozen", "remix", "gather", "dense")
+    forwards, reasons = runnable(problem, {name: PEERS[name] for name in names})
+    print(*(f"  {name}: not measured ({reason})" for name, reason in reasons.items()), sep="\n")
     graphs = {}
     for name, forward in forwards.items():
         with torch.no_grad():
@@ -304,24 +138,42 @@ def measure_decode(case: Case, rounds: int) -> list[dict[str, Any]]:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 forward()
-        graphs[name] = graph
-    times: dict[str, list[float]] = {name: [] for name in graphs}
+        graphs[name] = graph.replay
+    return _rows(f"{cell}-graph", _times(graphs, rounds), {})
+
+
+def under(name: str, run: Callable[[], None]) -> Callable[[], None]:
+    """`run`, with the frozen product where the variant wants it."""
+
+    def whole() -> None:
+        with gemm_of(name):
+            run()
+
+    return whole
+
+
+def _times(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, Timing]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, graph in graphs.items():
-            times[name].append(time_ms(graph.replay))
+        for name, run in runs.items():
+            times[name].append(time_ms(run))
+    return {name: Timing(values) for name, values in times.items()}
+
+
+def _rows(name: str, times: dict[str, Timing], peaks: dict[str, float]) -> list[dict[str, Any]]:
     rows = []
-    for name in graphs:
-        ratio = statistics.median(a / b for a, b in zip(times[name], times["frozen"], strict=True))
+    for variant, timing in times.items():
         row = {
-            "case": f"decode {case}",
-            "pass": "graph",
-            "variant": name,
-            "time_ms": f"{statistics.median(times[name]):.4f}",
-            "over_frozen": f"{ratio:.3f}",
-            "peak_mib": "",
+            "cell": name,
+            "variant": variant,
+            "time_ms": f"{timing.median_ms:.4f}",
+            "p20_ms": f"{timing.quantile_ms(0.2):.4f}",
+            "p80_ms": f"{timing.quantile_ms(0.8):.4f}",
+            "over_frozen": f"{timing.ratio_to(times['frozen']):.3f}",
+            "peak_mib": f"{peaks[variant]:.1f}" if variant in peaks else "",
         }
         rows.append(row)
-        print(f"  decode {name:15s} {row['time_ms']:>9s} ms  x {row['over_frozen']}")
+        print(f"  {name} {variant:15s} {row['time_ms']:>9s} ms  x {row['over_frozen']}")
     return rows
 
 
@@ -350,9 +202,9 @@ def main() -> None:
         "triton": triton.__version__,
     }
     path = RESULTS / "gpu.csv"
-    for case, run in [(c, measure) for c in CASES] + [(c, measure_decode) for c in DECODE]:
-        print(f"\n{case.model}  {case}", flush=True)
-        rows = [{**where, **row} for row in run(case, args.rounds)]
+    for cell, run in [(c, measure) for c in CELLS] + [(c, measure_decode) for c in DECODE]:
+        print(f"\n{cell}", flush=True)
+        rows = [{**where, **row} for row in run(cell, args.rounds)]
         torch.cuda.empty_cache()
         if args.no_save:
             continue

@@ -45,7 +45,7 @@ GROWTH = 1.10  # of a ratio, that is more than rounding of the code
 def measure(cell: Cell, peers: list[str], rounds: int, seconds: float) -> list[dict[str, object]]:
     """Rows of one cell, a variant each; those that cannot run say why."""
     problem = Problem(cell)
-    forwards, reasons = runnable(problem, peers)
+    forwards, reasons = runnable(problem, {name: PEERS[name] for name in peers})
     runs = {name: problem.run(forward) for name, forward in forwards.items()}
     times = interleaved(runs, rounds, warmup=1, cold=True, seconds=seconds)
     top = (cell.rows, problem.lora_A, problem.lora_B, cell.k, problem.x.dtype)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from benchmarks.common import RESULTS
 from benchmarks.estimators.tables import estimator_figures
+from benchmarks.performance import performance_figures
 
 README = Path(__file__).parent.parent / "README.md"
 ESTIMATORS = README.parent / "docs" / "estimators.md"
+PERFORMANCE = README.parent / "docs" / "performance.md"
 START, END = "<!-- figures -->\n", "<!-- /figures -->"
 
 
@@ -65,8 +67,10 @@ def rewrite(path: Path, start: str, end: str, section: str) -> None:
 
 
 def main() -> None:
-    """Rewrite README and docs/estimators.md between their markers."""
+    """Rewrite README, docs/estimators.md and docs/performance.md between their markers."""
     rewrite(README, START, END, figures())
+    section = performance_figures()
+    rewrite(PERFORMANCE, "<!-- performance -->\n", "<!-- /performance -->", section)
     if (RESULTS / "estimators_steps.csv").exists():
         rewrite(ESTIMATORS, "<!-- estimators -->\n", "<!-- /estimators -->", estimator_figures())
 

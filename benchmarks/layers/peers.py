@@ -182,20 +182,22 @@ PEERS: dict[str, Callable[[Problem], Forward]] = {
     "einsum": einsum,
     "scattermoe": scattermoe,
 }
-SAME = ("frozen", "lora_kr", "lora_nr")  # do not compute the mixture
+OTHERS = ("frozen", "plain_own", "lora_kr", "lora_nr")  # do not compute the mixture
 
 
-def runnable(problem: Problem, names: list[str]) -> tuple[dict[str, Forward], dict[str, str]]:
+def runnable(
+    problem: Problem, peers: dict[str, Callable[[Problem], Forward]]
+) -> tuple[dict[str, Forward], dict[str, str]]:
     """The forward passes that run here, checked against fp64; and why the others do not.
 
     Raises:
         AssertionError: One computes something else.
     """
     found, reasons = {}, {}
-    for name in names:
+    for name, peer in peers.items():
         try:
-            forward = PEERS[name](problem)
-            if name not in SAME:
+            forward = peer(problem)
+            if name not in OTHERS:
                 problem.check(name, forward)
             found[name] = forward
         except (Unable, ImportError, NotImplementedError, RuntimeError) as error:

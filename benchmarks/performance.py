@@ -1,0 +1,200 @@
+"""The figures of docs/performance.md, from the committed rows (`python -m benchmarks.tables`)."""
+
+from __future__ import annotations
+
+from benchmarks.bench_profile import KINDS, OURS_NOT_GEMM
+from benchmarks.estimators.tables import rows_of, table
+from benchmarks.layers.cells import DEFAULT
+from benchmarks.layers.growth import Row, growth, regrets
+
+COLUMNS = (
+    "remix",
+    "lora_kr",
+    "lora_nr",
+    "dense_eager",
+    "dense_compiled",
+    "expert_loop",
+    "grouped_mm",
+    "einsum",
+)
+NOTHING = "not measured"
+
+
+def performance_figures() -> str:
+    """What stands between the markers."""
+    grid = rows_of("grid", "cell", "variant")
+    names = {str(cell) for cell in DEFAULT}
+    grid = [row for row in grid if row["cell"] in names]
+    steps, profile = rows_of("train_step", "case", "variant"), last_profile()
+    lines = [*origin(grid), *layers(grid), *memory(grid), *dispatch(grid), *grown(grid)]
+    lines += [*whole_steps(steps), *kinds(profile), *imports(rows_of("imports", "what"))]
+    gpu = rows_of("gpu", "cell", "variant")
+    lines += ["## On a GPU", ""]
+    if gpu:
+        head = ["cell", "variant", "ms", "over frozen", "peak MiB"]
+        keys = ("cell", "variant", "time_ms", "over_frozen", "peak_mib")
+        lines += [gpu[0]["device"], "", *table(head, [[row[k] for k in keys] for row in gpu])]
+    else:
+        lines += [f"{NOTHING.capitalize()}. `make bench-gpu` measures it where there is one.", ""]
+    return "\n".join(lines)
+
+
+def last_profile() -> list[Row]:
+    """The last rows for each part, variant and kind."""
+    return rows_of("profile", "part", "variant", "kind")
+
+
+def origin(rows: list[Row]) -> list[str]:
+    """Where rows are from."""
+    if not rows:
+        return []
+    row = rows[-1]
+    return [
+        f"{row['date']}, {row['device']}, {row['threads']} threads, torch {row['torch']}, Python "
+        f"{row['python']}, fp32.",
+        "",
+    ]
+
+
+def _title(row: Row) -> str:
+    parts = [row["shape"], f"T={row['T']}"]
+    if row["M"] != "1":
+        parts.append(f"M={row['M']}")
+    parts += [f"n={row['n']}", f"r={row['r']}", f"k={row['k']}"]
+    if row["routing"] != "uniform":
+        parts.append(row["routing"])
+    return " ".join([*parts, "" if row["passes"] == "train" else "(forward)"]).strip()
+
+
+def layers(rows: list[Row]) -> list[str]:
+    """Every cell: each peer's time over the frozen linear's."""
+    cells: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        cells.setdefault(row["cell"], {})[row["variant"]] = row
+    body = []
+    for variants in cells.values():
+        found = [variants.get(name, {}).get("over_frozen") for name in COLUMNS]
+        first = next(iter(variants.values()))
+        frozen = float(variants["frozen"]["time_ms"])
+        values = [f"{float(value):.2f}" if value else "–" for value in found]
+        body.append([_title(first), f"{frozen:.2f}", *values])
+    return [
+        "## One adapted linear",
+        "",
+        "Time over the frozen linear's, the median of paired rounds with cold caches; forward and",
+        "backward unless it says otherwise. `–`: not measured (the reason is in the row).",
+        "",
+        *table(["cell", "frozen ms", *COLUMNS], body),
+    ]
+
+
+def memory(rows: list[Row]) -> list[str]:
+    """Peaks of some cells."""
+    wanted = [row for row in rows if row["passes"] == "train" and row["peak_mib"]]
+    wanted = [r for r in wanted if r["routing"] == "uniform" and r["T"] == "1024" and r["k"] == "2"]
+    cells: dict[str, dict[str, str]] = {}
+    for row in wanted:
+        cells.setdefault(_title(row), {})[row["variant"]] = row["peak_mib"]
+    body = [
+        [title, *(f"{float(peaks[c]):.1f}" if c in peaks else "–" for c in ("frozen", *COLUMNS))]
+        for title, peaks in cells.items()
+    ]
+    return [
+        "Most MiB that torch holds during the pass, over what it held before:",
+        "",
+        *table(["cell", "frozen", *COLUMNS], body),
+    ]
+
+
+def dispatch(rows: list[Row]) -> list[str]:
+    """How good `auto` is."""
+    found = regrets(rows)
+    if not found:
+        return []
+    worst = sorted(found.items(), key=lambda item: -item[1][2])
+    titles = {row["cell"]: _title(row) for row in rows}
+    body = [
+        [titles[cell], taken, best, f"{ratio:.2f}"]
+        for cell, (taken, best, ratio) in worst
+        if ratio > 1.02
+    ]
+    return [
+        "### The choice of strategy",
+        "",
+        f"`auto` took the fastest strategy, or one within 2 % of it, at {len(found) - len(body)} "
+        f"of {len(found)} cells; the others:",
+        "",
+        *table(["cell", "auto", "fastest", "time over the fastest's"], body),
+    ]
+
+
+def grown(rows: list[Row]) -> list[str]:
+    """Exponents."""
+    body = [
+        [
+            g.axis,
+            g.variant,
+            ", ".join(map(str, g.sizes)),
+            ", ".join(f"{cost:.2f}" for cost in g.costs_ms),
+            f"{g.exponent:.2f}",
+            g.formula,
+        ]
+        for g in growth(rows)
+    ]
+    return [
+        "### How cost grows",
+        "",
+        "Adapters' ms (time over the frozen linear's) along one size, all others fixed, and the",
+        "exponent of the line through their logarithms, beside that of the multiply-adds.",
+        "",
+        *table(["size", "variant", "at", "ms", "exponent", "formula"], body),
+    ]
+
+
+def whole_steps(rows: list[Row]) -> list[str]:
+    """Training steps and generation."""
+    body = [
+        [row["case"], row["variant"], row["time_s"], f"{float(row['ratio']):.2f}", row["ratio_to"]]
+        for row in rows
+    ]
+    return [
+        "## Whole steps",
+        "",
+        "SmolLM2-135M, side by side; ratios are per selection, medians of paired rounds.",
+        "",
+        *table(["case", "variant", "s", "time over", "of"], body),
+    ]
+
+
+def kinds(rows: list[Row]) -> list[str]:
+    """Where the time goes."""
+    lines = ["## Where the time goes", ""]
+    if not rows:
+        return [*lines, f"{NOTHING.capitalize()} yet.", ""]
+    for part in dict.fromkeys(row["part"] for row in rows):
+        ours = [row for row in rows if row["part"] == part]
+        variants = list(dict.fromkeys(row["variant"] for row in ours))
+        found = {(row["variant"], row["kind"]): row for row in ours}
+        unit = "a selection" if part.startswith("step") else "a token"
+        body = []
+        for kind in KINDS:
+            cells = []
+            for variant in variants:
+                row = found.get((variant, kind))
+                share = "" if row is None else f" ({float(row['share']):.1%})"
+                cells.append("–" if row is None else f"{float(row['ms']):.2f}{share}")
+            body.append([kind, *cells])
+        total = []
+        for variant in variants:
+            shares = [float(found[variant, kind]["share"]) for kind in OURS_NOT_GEMM]
+            total.append(f"{sum(shares):.1%}")
+        body.append(["ours, not a product", *total])
+        lines += [f"{part}, ms {unit}, under the profiler:", "", *table(["kind", *variants], body)]
+    return lines
+
+
+def imports(rows: list[Row]) -> list[str]:
+    """Seconds of whole processes."""
+    body = [[row["what"], row["time_s"], row["p20_s"], row["p80_s"]] for row in rows]
+    table_ = table(["process", "s", "p20", "p80"], body) if rows else [NOTHING, ""]
+    return ["## Starting", "", *table_]
