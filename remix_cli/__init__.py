@@ -1,4 +1,4 @@
-"""The command line: `remix train`, `eval`, `generate`, `env` and `validate`.
+"""The command line: `remix train`, `eval`, `generate`, `bench`, `env` and `validate`.
 
 A command's module is imported when it runs, so that help needs neither torch nor transformers.
 """
@@ -18,6 +18,7 @@ _MODULES = {
     "generate": "remix_cli.generate",
     "env": "remix_cli.env",
     "validate": "remix_cli.validate",
+    "bench": "remix_cli.bench",
 }
 
 

@@ -106,6 +106,17 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     generate.add_argument("--seed", type=int, default=0, help="of the sampled answers")
     _add_fields(generate, "model", extra=(*_RUNTIME_FIELDS, "max_new_tokens"))
 
+    bench = _add_command(
+        commands, "bench", "time the adapters' strategies on this machine's processor"
+    )
+    bench.add_argument(
+        "--calibrate", action="store_true", help="fit the cost model to this machine, and keep it"
+    )
+    bench.add_argument(
+        "--seconds", type=float, default=2.0, metavar="X", help="for each shape (default: 2)"
+    )
+    bench.add_argument("--threads", type=int, metavar="N", help="torch's (default: as it chooses)")
+
     _add_command(commands, "env", "print versions, devices and settings, for a report of a problem")
     return parser, dict(commands.choices)
 

@@ -35,6 +35,8 @@ import torch
 import triton
 from torch import Tensor
 
+from remix_kernels._costs import cache_folder
+
 Config = dict[str, int]
 Grid = tuple[int, ...]
 
@@ -223,10 +225,8 @@ def _copies(arguments: dict[str, Any]) -> dict[str, Any]:
 def cache_file(device: torch.device) -> Path:
     """Where this device's configurations are kept."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(os.environ.get("REMIX_CACHE_DIR") or Path(cache) / "remix")
     slug = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
-    return folder / "autotune" / f"{slug}-triton{triton.__version__}.json"
+    return cache_folder() / "autotune" / f"{slug}-triton{triton.__version__}.json"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,10 +6,10 @@ Strategy. Per call and per row, in multiply-adds (T rows, n experts of rank r, k
     grouped  3 k r (in + out)            plus k passes over x, y, dy, dx, and a fixed cost an expert
     gather   k r (in + out)              plus a fixed cost a (row, slot): decoding only
 
-The model turns these into seconds by the constants below, with the bytes of x and y that are moved
-and the bytes of the adapters that are read. The constants were set by hand from timings on two
-cores (fp32; `python -m benchmarks.bench_layer --strategies` and decoding shapes); their ratios, not
-their sizes, decide. On a GPU a roofline decides instead: `gpu_costs_s`.
+The model turns these into seconds by the constants of `_costs.py`, with the bytes of x and y that
+are moved and the bytes of the adapters that are read: it is linear in the constants, so that
+`remix bench --calibrate` can fit them to any machine. On a GPU a roofline decides instead:
+`gpu_costs_s`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,15 @@ import functools
 import os
 import re
 from collections.abc import Callable
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
 
+from remix_kernels._costs import SHIPPED, Costs, costs
+
 BACKENDS = ("auto", "torch", "triton", "reference")
 STRATEGIES = ("auto", "dense", "grouped", "gather")
-
-_FLOP_PER_S = 1.5e11
-_BYTES_PER_S = 1.0e10
-_PAIR_BYTES_PER_S = 6.0e9  # rows of x and y, gathered and scattered
-_DENSE_CALL_S = 6.0e-5
-_EXPERT_CALL_S = 2.5e-4  # a non-empty expert, grouped: index_select, two GEMMs, index_add
-_SLOT_CALL_S = 1.5e-5  # a (row, slot), gather: two matrix-vector products
 
 _GPU_FLOP_PER_S = 6.0e14  # an H100's 16-bit tensor cores, as GEMMs reach them
 _GPU_BYTES_PER_S = 3.0e12
@@ -118,38 +114,52 @@ def resolve_strategy(
         return "dense"  # the only one without shapes that depend on the data
     shape = (rows, lora_A.shape[2], out, n, top_k, r, dtype.itemsize)
     if lora_B.device.type in ("cpu", "meta"):
-        return _cheapest(strategy_costs_s, shape)
+        return _cheapest(strategy_costs_s, shape, costs())
     return _cheapest(gpu_costs_s, (*shape, torch.is_grad_enabled()))
 
 
 @functools.lru_cache(maxsize=4096)
-def _cheapest(model: Callable[..., dict[str, float]], shape: tuple[int, ...]) -> str:
-    costs = model(*shape)
-    return min(costs, key=costs.__getitem__)
+def _cheapest(
+    model: Callable[..., dict[str, float]], shape: tuple[int, ...], *constants: Costs
+) -> str:
+    found = model(*shape, *constants)
+    return min(found, key=found.__getitem__)
+
+
+def strategy_work(
+    rows: int, in_features: int, out_features: int, n: int, top_k: int, r: int, itemsize: int
+) -> dict[str, Costs]:
+    """Units of work over the frozen linear of one forward and backward pass, by strategy."""
+    width = in_features + out_features
+    busy_experts, pairs = min(n, rows * top_k), rows * top_k
+    expert_bytes = float(r * width * itemsize)
+    flops_dense, flops_chosen = 6.0 * rows * n * r * width, 6.0 * pairs * r * width
+    pair_bytes = 3.0 * pairs * width * itemsize
+    return {
+        "dense": Costs(flops_dense, n * expert_bytes, 0.0, 1.0, 0.0, 0.0),
+        "grouped": Costs(
+            flops_chosen, busy_experts * expert_bytes, pair_bytes, 1.0, busy_experts, 0.0
+        ),
+        "gather": Costs(flops_chosen, pairs * expert_bytes, pair_bytes, 0.0, 0.0, pairs),
+    }
 
 
 def strategy_costs_s(
-    rows: int, in_features: int, out_features: int, n: int, top_k: int, r: int, itemsize: int
+    rows: int,
+    in_features: int,
+    out_features: int,
+    n: int,
+    top_k: int,
+    r: int,
+    itemsize: int,
+    constants: Costs = SHIPPED,
 ) -> dict[str, float]:
     """Modelled seconds over the frozen linear of one forward and backward pass, by strategy."""
-    width = in_features + out_features
-    busy_experts = min(n, rows * top_k)
-    expert_read_s = r * width * itemsize / _BYTES_PER_S
-    flops_dense = 6.0 * rows * n * r * width
-    flops_grouped = 6.0 * rows * top_k * r * width
+    work = strategy_work(rows, in_features, out_features, n, top_k, r, itemsize)
+    prices = astuple(constants)
     return {
-        "dense": flops_dense / _FLOP_PER_S + _DENSE_CALL_S + n * expert_read_s,
-        "grouped": (
-            flops_grouped / _FLOP_PER_S
-            + 3.0 * rows * top_k * width * itemsize / _PAIR_BYTES_PER_S
-            + busy_experts * (_EXPERT_CALL_S + expert_read_s)
-            + _DENSE_CALL_S
-        ),
-        "gather": (
-            flops_grouped / _FLOP_PER_S
-            + 3.0 * rows * top_k * width * itemsize / _PAIR_BYTES_PER_S
-            + rows * top_k * (_SLOT_CALL_S + expert_read_s)
-        ),
+        name: sum(units * price for units, price in zip(astuple(done), prices, strict=True))
+        for name, done in work.items()
     }
 
 
@@ -183,14 +193,14 @@ def gpu_costs_s(
         return 2.0 * T * k_r * width, s * (moved * top_k * T * width + wide * width)
 
     d, o = in_features, out_features
-    costs = {
+    found = {
         "dense": kernels(dense(d, 1), dense(o, 2)),
         "grouped": kernels(*[(0.0, 0.0)] * 8, grouped(d, 1), grouped(o, 2)),
     }
     if not training:
         read = s * T * top_k * r
-        costs["gather"] = kernels((0.0, read * d), (0.0, read * o))
-        return costs
-    costs["dense"] += kernels(dense(o, 1), dense(o, 1), dense(d, 1), dense(d, 2))
-    costs["grouped"] += kernels(grouped(o, 1), grouped(o, 1), grouped(d, 1), grouped(d, 2))
-    return costs
+        found["gather"] = kernels((0.0, read * d), (0.0, read * o))
+        return found
+    found["dense"] += kernels(dense(o, 1), dense(o, 1), dense(d, 1), dense(d, 2))
+    found["grouped"] += kernels(grouped(o, 1), grouped(o, 1), grouped(d, 1), grouped(d, 2))
+    return found

@@ -53,6 +53,7 @@ def no_remix_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's own settings decide nothing here."""
     for name in ("BACKEND", "STRICT", "GEMM", "AUTOTUNE", "CACHE_DIR"):
         monkeypatch.delenv(f"REMIX_{name}", raising=False)
+    monkeypatch.setenv("REMIX_CALIBRATION", "shipped")
 
 
 @pytest.fixture
