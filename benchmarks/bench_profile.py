@@ -7,6 +7,7 @@ goes to one kind, by the range it runs in and the shapes it has:
     attention        scaled dot products
     lm_head, loss    whatever has the vocabulary among its sizes
     rest of model    norms, activations, rotary embeddings, sums
+    LoRA             plain LoRA's matrix products
     shrink, expand   matrix products with A, with B; forward and backward
     router           logits, and the product that makes the router's gradient
     sampling         noise and top k
@@ -62,6 +63,7 @@ KINDS = (
     "attention",
     "lm_head, loss",
     "rest of model",
+    "LoRA",
     "shrink",
     "expand",
     "router",
@@ -162,13 +164,14 @@ def ops_of(profiler: profile) -> list[Op]:
     return ops
 
 
-def kind_of(op: Op, vocabulary: int, columns: int) -> str:
+def kind_of(op: Op, vocabulary: int, columns: int, rank: int = 0) -> str:
     """The kind of an operator's own time.
 
     Args:
         op: Of the profile.
         vocabulary: Its size.
         columns: n r, of the pool.
+        rank: Of plain LoRA; 0: there is none.
     """
     place = op.place()
     if not op.name.startswith("aten::"):
@@ -187,7 +190,9 @@ def kind_of(op: Op, vocabulary: int, columns: int) -> str:
         return "lm_head, loss"
     if "scaled_dot_product" in op.name:
         return "attention"
-    return "base GEMM" if op.name in GEMMS else "rest of model"
+    if op.name not in GEMMS:
+        return "rest of model"
+    return "LoRA" if rank and op.has(rank) else "base GEMM"
 
 
 def _product(op: Op, columns: int) -> str:
@@ -204,7 +209,7 @@ def _product(op: Op, columns: int) -> str:
 
 
 def times_of(
-    run: Callable[[], None], vocabulary: int, columns: int
+    run: Callable[[], None], vocabulary: int, columns: int, rank: int = 0
 ) -> tuple[dict[str, float], float]:
     """(seconds by kind, seconds without the profiler) of one call."""
     run()
@@ -217,7 +222,7 @@ def times_of(
         wall = time.perf_counter() - start
     found: dict[str, float] = defaultdict(float)
     for op in ops_of(profiler):
-        found[kind_of(op, vocabulary, columns)] += op.own_ns / 1e9
+        found[kind_of(op, vocabulary, columns, rank)] += op.own_ns / 1e9
     found["other Python"] += wall - sum(found.values())
     return dict(found), plain
 
@@ -246,7 +251,8 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for part in args.parts:
         for variant, (run, per) in runs[part].items():
-            found, plain = times_of(run, vocabulary, N * R)
+            rank = K * R if variant == "lora_kr" else 0
+            found, plain = times_of(run, vocabulary, N * R, rank)
             total = sum(found.values())
             ours = sum(found.get(kind, 0.0) for kind in OURS_NOT_GEMM)
             print(f"\n{part} {variant}: {plain:.3f} s, {total:.3f} s under the profiler")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_layer, bench_profile, bench_train_step
+from benchmarks import bench_import, bench_layer, bench_profile, bench_train_step
 
 
 def main() -> None:
@@ -34,9 +34,9 @@ def main() -> None:
     code = pytest.main([folder, "-q", "-p", "no:cacheprovider", *timing])
     if code:
         raise SystemExit(int(code))
-    for module, rounds in ((bench_layer, 30), (bench_train_step, 5), (bench_profile, None)):
+    for module in (bench_layer, bench_train_step, bench_profile, bench_import):
         print(f"\n== {module.__name__}", flush=True)
-        sys.argv = [module.__name__, *save, *(["--rounds", str(rounds)] if rounds else [])]
+        sys.argv = [module.__name__, *save]
         module.main()
     print(f"\n{(time.time() - started) / 60:.1f} minutes")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from benchmarks.common import RESULTS
-from benchmarks.estimators.tables import estimator_figures
+from benchmarks.estimators.tables import estimator_figures, rows_of, table
 from benchmarks.performance import performance_figures
 
 README = Path(__file__).parent.parent / "README.md"
@@ -15,47 +14,47 @@ PERFORMANCE = README.parent / "docs" / "performance.md"
 START, END = "<!-- figures -->\n", "<!-- /figures -->"
 
 
-def latest(name: str) -> dict[tuple[str, str], dict[str, str]]:
-    """The last row of each (case, variant) in results/<name>.csv, all from the last device."""
-    with (RESULTS / f"{name}.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    device = rows[-1]["device"]
-    return {(row["case"], row["variant"]): row for row in rows if row["device"] == device}
+CELLS = (
+    "SmolLM2-135M-up-T1024-n8-r8-k4-M1-uniform-train",
+    "SmolLM2-135M-up-T4096-n8-r8-k2-M1-uniform-train",
+    "SmolLM2-135M-down-T1024-n8-r8-k4-M1-uniform-train",
+    "Llama-3.2-1B-up-T512-n32-r16-k2-M1-uniform-train",
+)
+VARIANTS = {
+    "remix": "**ReMix**",
+    "lora_kr": "PEFT LoRA, rank k r",
+    "lora_nr": "PEFT LoRA, rank n r",
+    "expert_loop": "loop over experts",
+    "grouped_mm": "sort + grouped_mm",
+    "dense_eager": "dense, eager",
+}
 
 
 def figures() -> str:
-    """The section between the markers, in Markdown."""
-    layer, step = latest("layer"), latest("train_step")
-    where = next(iter(step.values()))
+    """The section of README, in Markdown."""
+    grid = {(row["cell"], row["variant"]): row for row in rows_of("grid", "cell", "variant")}
+    steps = rows_of("train_step", "case", "variant")
+    where = steps[-1]
+    body = []
+    for cell in CELLS:
+        over = [float(grid[cell, variant]["over_frozen"]) for variant in VARIANTS]
+        name = cell.removesuffix("-M1-uniform-train")
+        body.append([name, *(f"{value:.2f}" for value in over)])
+    ratios = []
+    for row in steps:
+        if row["variant"] != row["ratio_to"]:
+            per = " per selection" if row["per"] != "1" else ""
+            label = f"{row['case']}: time of {row['variant']}{per} over {row['ratio_to']}"
+            ratios.append([label, f"{float(row['ratio']):.2f}"])
     lines = [
         f"{where['date']}, {where['device']}, {where['threads']} threads, torch {where['torch']},",
-        "fp32; by `make bench`, all rows in `benchmarks/results`. Not measured on a GPU.",
+        "fp32. One adapted linear, forward + backward, time over the frozen linear's:",
         "",
-        "| one adapted linear, forward + backward | over frozen | over LoRA rank k r | peak MiB |",
-        "| --- | --- | --- | --- |",
+        *table(["", *VARIANTS.values()], body),
+        *table(["SmolLM2-135M, side by side", "ratio"], ratios),
+        "All cells, peers, profiles and curves: [docs/performance.md](docs/performance.md). Not",
+        "measured on a GPU.",
     ]
-    names = {
-        "remix": "ReMix (`routed_linear`)",
-        "lora_kr": "PEFT LoRA, rank k r",
-        "lora_nr": "PEFT LoRA, rank n r",
-        "expert_loop": "loop over experts",
-        "dense_gemms": "the dense strategy's matrix products alone",
-    }
-    for case in dict.fromkeys(case for case, _ in layer):
-        for variant, label in names.items():
-            row = layer[case, variant]
-            lines.append(
-                f"| {case}: {label} | {float(row['over_frozen']):.2f} "
-                f"| {float(row['over_lora_kr']):.2f} | {float(row['peak_mib']):.0f} |"
-            )
-    lines += ["", "| SmolLM2-135M, side by side | ratio |", "| --- | --- |"]
-    for (case, variant), row in step.items():
-        if variant == row["ratio_to"]:
-            continue
-        per = " per selection" if row["per"] != "1" else ""
-        lines.append(
-            f"| {case}: time of {variant}{per} over {row['ratio_to']} | {float(row['ratio']):.2f} |"
-        )
     return "\n".join(lines) + "\n"
 
 

@@ -43,7 +43,7 @@ def test_every_kind_is_found(step):
     assert plain > 0
     assert set(found) <= set(KINDS)
     missing = set(KINDS) - set(found)
-    assert missing == {"attention"}
+    assert missing == {"attention", "LoRA"}
     assert all(seconds > 0 for seconds in found.values())
 
 
