@@ -17,7 +17,7 @@ from benchmarks.layers.cells import Cell
 from benchmarks.layers.problem import Problem
 from remix_kernels._dispatch import resolve_strategy, strategy_costs_s
 
-WIDTHS = (("SmolLM2-135M up", 1024), ("Llama-3.2-1B up", 256))  # shape, T
+WIDTHS = (("SmolLM2-135M up", 1024), ("Llama-3.2-1B q", 512))  # shape, T
 POOLS = ((8, 8), (8, 16), (16, 16), (32, 16), (64, 16))  # (n, r)
 
 

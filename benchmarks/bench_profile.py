@@ -56,7 +56,8 @@ from remix_model.layer import Pool
 from remix_model.site import RoutingSite
 from remix_model.state import RoutingState
 
-GEMMS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::addmv_", "aten::mv"}
+GEMMS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"}
+ONE_ROW = {"aten::mv": "shrink", "aten::addmv_": "expand"}  # the gather strategy's products
 OURS_NOT_GEMM = ("sampling", "log-prob", "mask, scale", "our Python")
 KINDS = (
     "base GEMM",
@@ -182,6 +183,8 @@ def kind_of(op: Op, vocabulary: int, columns: int, rank: int = 0) -> str:
         return place.removeprefix("remix::")
     if place == "DeliverRouterGradientBackward":
         return "router" if op.name in GEMMS else "log-prob"
+    if place is not None and op.name in ONE_ROW:
+        return ONE_ROW[op.name]
     if place is not None and op.name in GEMMS:
         return _product(op, columns) if op.has(columns) else "base GEMM"
     if place is not None:

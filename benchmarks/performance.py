@@ -137,6 +137,7 @@ def grown(rows: list[Row]) -> list[str]:
             ", ".join(map(str, g.sizes)),
             ", ".join(f"{cost:.2f}" for cost in g.costs_ms),
             f"{g.exponent:.2f}",
+            f"{g.last_exponent:.2f}",
             g.formula,
         ]
         for g in growth(rows)
@@ -144,10 +145,11 @@ def grown(rows: list[Row]) -> list[str]:
     return [
         "### How cost grows",
         "",
-        "Adapters' ms (time over the frozen linear's) along one size, all others fixed, and the",
-        "exponent of the line through their logarithms, beside that of the multiply-adds.",
+        "Adapters' ms (time over the frozen linear's; for M the whole time) along one size, all",
+        "others fixed. Exponents: of the line through the logarithms of all points, of the largest",
+        "two, and of the multiply-adds. Fixed costs of a call flatten the small end.",
         "",
-        *table(["size", "variant", "at", "ms", "exponent", "formula"], body),
+        *table(["size", "variant", "at", "ms", "all", "largest two", "formula"], body),
     ]
 
 

@@ -2,7 +2,8 @@
 
 `remix bench --calibrate` measures this machine's and writes them to calibration.json in
 REMIX_CACHE_DIR (default: remix in $XDG_CACHE_HOME or ~/.cache), where every later process of as
-many threads finds them. REMIX_CALIBRATION names another file, or is "shipped": look for none.
+many threads finds them. REMIX_CALIBRATION names another file, or is "shipped": look for none. Both
+are read once in a process.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ class Costs:
     slot_call_s: float  # a (row, slot), gather: two matrix-vector products
 
 
-# Fitted to a sweep on two cores (fp32); their ratios, not their sizes, decide.
+# Fitted to benchmarks/results/calibration.csv: two cores, fp32. Their ratios decide.
 SHIPPED = Costs(
-    flop_s=1 / 1.5e11,
-    byte_s=1 / 1.0e10,
-    pair_byte_s=1 / 6.0e9,
-    dense_call_s=6.0e-5,
-    expert_call_s=2.5e-4,
-    slot_call_s=1.5e-5,
+    flop_s=5.9e-12,
+    byte_s=1.3e-10,
+    pair_byte_s=2.2e-10,
+    dense_call_s=8.2e-4,
+    expert_call_s=2.4e-4,
+    slot_call_s=1.0e-4,
 )
 
 
@@ -55,20 +56,20 @@ def cache_folder() -> Path:
 
 
 def costs() -> Costs:
-    """The constants to decide by.
+    """The constants to decide by; looked for once for each number of threads.
 
     Raises:
         ValueError: REMIX_CALIBRATION names a file that holds none.
     """
-    path = calibration_file()
+    return costs_with(torch.get_num_threads())
+
+
+@functools.cache  # a decoded token asks at every layer
+def costs_with(threads: int) -> Costs:
+    """A file's constants; the shipped ones where there is no file, or it is of other threads."""
+    path, named = calibration_file(), bool(os.environ.get("REMIX_CALIBRATION"))
     if path is None:
         return SHIPPED
-    return _read(path, torch.get_num_threads(), bool(os.environ.get("REMIX_CALIBRATION")))
-
-
-@functools.lru_cache(maxsize=16)
-def _read(path: Path, threads: int, named: bool) -> Costs:
-    """A file's constants; the shipped ones where there is no file, or it is of other threads."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         constants = Costs(**found["costs"])
@@ -98,4 +99,4 @@ def write_calibration(path: Path, constants: Costs, facts: dict[str, object]) ->
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
-    _read.cache_clear()
+    costs_with.cache_clear()

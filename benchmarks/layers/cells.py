@@ -11,8 +11,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-# Feed-forward linears, [in, out].
-SHAPES = {
+# [in, out].
+FEED_FORWARD = {
     "SmolLM2-135M up": (576, 1536),
     "SmolLM2-135M down": (1536, 576),
     "Llama-3.2-1B up": (2048, 8192),
@@ -20,6 +20,7 @@ SHAPES = {
     "Llama-3-8B up": (4096, 14336),
     "Llama-3-8B down": (14336, 4096),
 }
+SHAPES = {**FEED_FORWARD, "Llama-3.2-1B q": (2048, 2048)}
 TOKENS = (1, 32, 1024, 4096)
 GPU_TOKENS = (*TOKENS, 16384, 65536)
 POOLS = ((8, 8), (8, 16), (16, 16), (32, 16), (64, 64))  # (n, r)
@@ -103,8 +104,9 @@ DEFAULT = tuple(dict.fromkeys(_default()))
 
 def every_cell(gpu: bool = False) -> list[Cell]:
     """The full grid, the smallest cells first; k never above n."""
+    tokens = GPU_TOKENS if gpu else TOKENS
     sizes = itertools.product(
-        SHAPES, GPU_TOKENS if gpu else TOKENS, POOLS, TOP_K, SELECTIONS, ROUTINGS, (False, True)
+        FEED_FORWARD, tokens, POOLS, TOP_K, SELECTIONS, ROUTINGS, (False, True)
     )
     cells = [
         Cell(shape, tokens, n, r, k, m, routing, backward)

@@ -1,9 +1,10 @@
 """How the adapters' cost grows with T, n, k and M: exponents fitted to the grid's rows.
 
-The cost is the time over the frozen linear's, `time - frozen`. Along each axis, from the cells that
-differ in nothing else, `log cost = p log size + c` by least squares. `formula` has the exponent of
-each strategy's multiply-adds (`remix_kernels._dispatch`): a fixed cost a call makes the measured
-one smaller where sizes are small.
+The cost is the time over the frozen linear's, `time - frozen`; along M the whole time, since what
+selections share saves more than adapters cost. Along each axis, from the cells that differ in
+nothing else, `log cost = p log size + c` by least squares, over all sizes and over the largest two:
+a fixed cost a call flattens the curve where sizes are small. `formula` has the exponent of each
+strategy's multiply-adds (`remix_kernels._dispatch`).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ BASES: dict[str, dict[str, str]] = {
     "k": {"shape": "SmolLM2-135M up", "T": "1024", "n": "32", "r": "16", "M": "1"},
     "M": {"shape": "SmolLM2-135M up", "T": "128", "n": "8", "r": "8", "k": "2"},
 }
-# Exponents of multiply-adds. With M selections of one x, A x is made once, for dense: between.
+# Exponents of multiply-adds. With M selections of one x, dense makes x W and A x once.
 FORMULA: dict[str, dict[str, str]] = {
-    "dense": {"T": "1", "n": "1", "k": "0", "M": "0 to 1"},
+    "dense": {"T": "1", "n": "1", "k": "0", "M": "below 1"},
     "grouped": {"T": "1", "n": "0", "k": "1", "M": "1"},
     "lora_nr": {"T": "1", "n": "1", "k": "0", "M": "1"},
     "expert_loop": {"T": "1", "n": "0", "k": "1", "M": "1"},
@@ -37,6 +38,7 @@ class Growth(NamedTuple):
     sizes: list[int]
     costs_ms: list[float]
     exponent: float
+    last_exponent: float  # between the largest two sizes
     formula: str
 
 
@@ -48,7 +50,7 @@ def growth(rows: Iterable[Row]) -> Iterator[Growth]:
         line = [r for r in kept if all(r[size] == value for size, value in base.items())]
         for variant, exponents in FORMULA.items():
             points = sorted(
-                (int(r[axis]), float(r["time_ms"]) - frozen[r["cell"]])
+                (int(r[axis]), float(r["time_ms"]) - (axis != "M") * frozen[r["cell"]])
                 for r in line
                 if r["variant"] == variant and r["time_ms"]
             )
@@ -56,7 +58,8 @@ def growth(rows: Iterable[Row]) -> Iterator[Growth]:
             if len(points) < 3:
                 continue
             sizes, costs = [p[0] for p in points], [p[1] for p in points]
-            yield Growth(axis, variant, sizes, costs, _slope(sizes, costs), exponents[axis])
+            slopes = _slope(sizes, costs), _slope(sizes[-2:], costs[-2:])
+            yield Growth(axis, variant, sizes, costs, *slopes, exponents[axis])
 
 
 def _slope(sizes: list[int], costs: list[float]) -> float:

@@ -117,6 +117,7 @@ def test_growth_finds_the_exponent():
     (found,) = growth(rows)
     assert (found.axis, found.variant, found.sizes) == ("n", "dense", [4, 8, 16, 32])
     assert found.exponent == pytest.approx(0.7)
+    assert found.last_exponent == pytest.approx(0.7)
     assert found.formula == "1"
 
 

@@ -17,7 +17,7 @@ SMALL = (((40, 6, 7, 4, 2, 3), (8, 6, 7, 4, 2, 3)), ((1, 6, 7, 4, 2, 3),))
 def cache(tmp_path, monkeypatch):
     monkeypatch.delenv("REMIX_CALIBRATION")
     monkeypatch.setenv("REMIX_CACHE_DIR", str(tmp_path))
-    _costs._read.cache_clear()
+    _costs.costs_with.cache_clear()
     for module in (bench, calibrate):
         monkeypatch.setattr(module, "TRAINING", SMALL[0])
         monkeypatch.setattr(module, "DECODING", SMALL[1])
@@ -27,6 +27,7 @@ def cache(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     yield tmp_path
     torch.set_num_threads(threads)
+    _costs.costs_with.cache_clear()
 
 
 def test_bench_shows_every_strategy(cache, capsys):

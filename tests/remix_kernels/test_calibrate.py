@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
@@ -71,11 +72,12 @@ def test_measure_times_what_it_says() -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("REMIX_CALIBRATION")
     monkeypatch.setenv("REMIX_CACHE_DIR", str(tmp_path))
-    _costs._read.cache_clear()
-    return tmp_path
+    _costs.costs_with.cache_clear()
+    yield tmp_path
+    _costs.costs_with.cache_clear()
 
 
 def test_written_constants_are_found(folder: Path) -> None:
@@ -97,11 +99,13 @@ def test_constants_of_other_threads_are_not_used(folder: Path) -> None:
 def test_a_named_file_is_used_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / "mine.json"
     monkeypatch.setenv("REMIX_CALIBRATION", str(path))
+    _costs.costs_with.cache_clear()
     with pytest.raises(ValueError, match="is not there: write it with `remix bench --calibrate`"):
         costs()
     write_calibration(path, OTHER, {"threads": 99})
     assert costs() == OTHER
     monkeypatch.setenv("REMIX_CALIBRATION", "shipped")
+    _costs.costs_with.cache_clear()
     assert calibration_file() is None
     assert costs() == SHIPPED
 
@@ -123,6 +127,7 @@ def test_a_damaged_file_is_named(text: str, folder: Path, monkeypatch: pytest.Mo
     with pytest.warns(UserWarning, match=r"calibration.json holds no calibration .*flop_s, byte_s"):
         assert costs() == SHIPPED
     monkeypatch.setenv("REMIX_CALIBRATION", str(path))
+    _costs.costs_with.cache_clear()
     with pytest.raises(ValueError, match="holds no calibration"):
         costs()
 
