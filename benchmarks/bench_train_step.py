@@ -4,7 +4,8 @@
                logits at the labelled positions only in every variant
     generate   greedy tokens with a KV cache, batch 1, adapters not merged
 
-A ReMix step runs M selections, so its time is divided by M: "per selection". `folded` runs 8
+A ReMix step runs M selections, so its time is divided by M: "per selection". `mixlora_loop` is a
+mixture with learned weights and a loop over experts (expert_loop.py): one pass. `folded` runs 8
 inputs x M = 4 in one pass of 32 sequences; `separate` the same number of sequences as four passes.
 Unit: s a step, tokens/s.
 
@@ -23,6 +24,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import remix_model
+from benchmarks import expert_loop
 from benchmarks.common import Timing, interleaved, prepare_cpu, write_rows
 from remix_model import ReMixConfig, load_model, sample_routing, token_losses
 
@@ -141,6 +143,7 @@ def main() -> None:
     if "step" in args.parts:
         steps = {
             "lora_kr": lora_step(lora, one),
+            "mixlora_loop": lora_step(expert_loop.build(TARGETS, N, K, R), one),
             "remix_M2": remix_step(remix, one, 2),
             "remix_M4": remix_step(remix, one, 4),
         }

@@ -82,7 +82,8 @@ def layers(rows: list[Row]) -> list[str]:
         "## One adapted linear",
         "",
         "Time over the frozen linear's, the median of paired rounds with cold caches; forward and",
-        "backward unless it says otherwise. `–`: not measured (the reason is in the row).",
+        "backward unless it says otherwise. `–`: not measured (a reason is in the row, if there is",
+        "one; `dense_compiled` only runs at a few cells, for the time that compiling takes).",
         "",
         *table(["cell", "frozen ms", *COLUMNS], body),
     ]

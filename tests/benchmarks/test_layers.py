@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_layer
+from benchmarks import bench_layer, common
 from benchmarks.common import Timing
+from benchmarks.expert_loop import ExpertLoop
 from benchmarks.layers.cells import DEFAULT, ROUTINGS, SMALL, every_cell
 from benchmarks.layers.growth import growth, regrets
 from benchmarks.layers.peers import OTHERS, PEERS, Unable, runnable
@@ -178,3 +179,37 @@ def test_compare_needs_known_cells(tmp_path):
     path.write_text("cell,variant,over_frozen\nnowhere,remix,1.0\n")
     with pytest.raises(SystemExit, match="no cell that is known"):
         bench_layer.compare(path, 5, 1.0)
+
+
+def test_the_full_grid_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    cells = [replace(SMALL, tokens=tokens) for tokens in (1, 2, 3)]
+    fake(monkeypatch, 1.5)
+    monkeypatch.setattr(bench_layer, "every_cell", lambda: cells)
+    for module in (bench_layer, common):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench_layer, "prepare_cpu", lambda: None)
+    options = ["bench_layer", "--full", "--peers", "remix"]
+    monkeypatch.setattr("sys.argv", [*options, "--cells", "T1-", "T3-"])
+    bench_layer.main()
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", options)
+    bench_layer.main()
+    said = capsys.readouterr().out
+    assert "-T2-" in said
+    assert "-T1-" not in said
+    with (tmp_path / "grid_full.csv").open() as file:
+        written = [(row["T"], row["variant"]) for row in csv.DictReader(file)]
+    assert written == [(t, v) for t in "132" for v in ("frozen", "remix")]
+
+
+def test_a_mixture_by_a_loop_is_what_it_says():
+    layer = ExpertLoop(torch.nn.Linear(5, 7), n=4, k=2, r=3)
+    x = torch.randn(2, 6, 5)
+    weights, index = (x @ layer.router.T).softmax(-1).topk(2)
+    weights = weights / weights.sum(-1, keepdim=True)
+    every = torch.einsum("btd,nrd,nor->btno", x, layer.lora_A, layer.lora_B)
+    chosen = every.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, 7))
+    want = layer.base(x) + (weights.unsqueeze(-1) * chosen).sum(2)
+    torch.testing.assert_close(layer(x), want)
+    layer(x).sum().backward()
+    assert layer.router.grad.abs().max() > 0
