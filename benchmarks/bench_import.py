@@ -1,7 +1,7 @@
 """How long it takes to import the packages and to start the command line: whole processes.
 
-Unit: s, medians of interleaved rounds. `remix_kernels after torch` imports torch in both, so that
-the difference to `torch` is what remix_kernels adds.
+Unit: s, medians of interleaved rounds. What `import torch, remix_kernels` takes more than `import
+torch` is what remix_kernels adds.
 
     python -m benchmarks.bench_import [--rounds 7] [--no-save]
 """

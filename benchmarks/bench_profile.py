@@ -56,8 +56,7 @@ from remix_model.layer import Pool
 from remix_model.site import RoutingSite
 from remix_model.state import RoutingState
 
-GEMMS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"}
-ONE_ROW = {"aten::mv": "shrink", "aten::addmv_": "expand"}  # the gather strategy's products
+GEMMS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::mv", "aten::addmv_"}
 OURS_NOT_GEMM = ("sampling", "log-prob", "mask, scale", "our Python")
 KINDS = (
     "base GEMM",
@@ -183,8 +182,9 @@ def kind_of(op: Op, vocabulary: int, columns: int, rank: int = 0) -> str:
         return place.removeprefix("remix::")
     if place == "DeliverRouterGradientBackward":
         return "router" if op.name in GEMMS else "log-prob"
-    if place is not None and op.name in ONE_ROW:
-        return ONE_ROW[op.name]
+    one_row = _of_one_row(op) if place == "remix::layer" else None
+    if one_row is not None:
+        return one_row
     if place is not None and op.name in GEMMS:
         return _product(op, columns) if op.has(columns) else "base GEMM"
     if place is not None:
@@ -196,6 +196,28 @@ def kind_of(op: Op, vocabulary: int, columns: int, rank: int = 0) -> str:
     if op.name not in GEMMS:
         return "rest of model"
     return "LoRA" if rank and op.has(rank) else "base GEMM"
+
+
+def _of_one_row(op: Op) -> str | None:
+    """While decoding, where no range of ours is inside the layer's; None: nothing of that.
+
+    The frozen linear's and the router's products come as `aten::linear`, the router's the smaller
+    one of the layer; an expert's as `mv` (which calls `addmv_`) and `addmv_`.
+    """
+    linear = op if op.name == "aten::linear" else op.within("aten::linear")
+    if linear is not None:
+        products = [o for o in _siblings(linear) if o.name == "aten::linear" and o.shapes]
+        largest = max(products, key=lambda o: o.shapes[-1][0] if o.shapes else 0, default=linear)
+        return "base GEMM" if linear is largest else "router"
+    if op.name == "aten::mv" or op.within("aten::mv") is not None:
+        return "shrink"
+    if op.name == "aten::addmv_":
+        return "expand"
+    return "sampling" if "topk" in op.name else None
+
+
+def _siblings(op: Op) -> list[Op]:
+    return [op] if op.parent is None else op.parent.children
 
 
 def _product(op: Op, columns: int) -> str:

@@ -73,7 +73,7 @@ def interleaved(
     cold: bool = False,
     seconds: float = float("inf"),
 ) -> dict[str, Timing]:
-    """Time each variant once a round, in turn.
+    """Time each variant once a round, in turn; each round begins with another one.
 
     Args:
         variants: What to run.
@@ -81,7 +81,7 @@ def interleaved(
         warmup: Rounds that are not counted.
         cold: Fill the processor's caches with something else before each run, as the rest of a
             model would: what a run reads comes from memory.
-        seconds: Rounds end then, but not before there are 3.
+        seconds: Rounds end then, but not before there are 5.
     """
     for _ in range(warmup):
         for run in variants.values():
@@ -89,10 +89,13 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in variants}
     other = torch.empty(_cache_bytes() // 4 if cold else 0)
     began = time.perf_counter()
+    names = list(variants)
     for done in range(rounds):
-        if done >= 3 and time.perf_counter() - began > seconds:
+        if done >= 5 and time.perf_counter() - began > seconds:
             break
-        for name, run in variants.items():
+        first = done % len(names)
+        for name in (*names[first:], *names[:first]):
+            run = variants[name]
             other.fill_(1.0)
             start = time.perf_counter()
             run()

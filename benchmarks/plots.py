@@ -29,16 +29,22 @@ def cost_over_pool(rows: list[Row]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
     kept = [r for r in rows if r["passes"] == "train" and r["over_frozen"]]
     kept = [r for r in kept if all(r[size] == value for size, value in POOL.items())]
+    squares = {"8x8": 64, "8x16": 128, "16x16": 256, "32x16": 512, "64x64": 4096}  # n x r
+    kept = [r for r in kept if f"{r['n']}x{r['r']}" in squares]
     for variant, (label, color, style) in LINES.items():
         points = sorted(
             (int(r["n"]) * int(r["r"]), float(r["over_frozen"]))
             for r in kept
             if r["variant"] == variant
         )
-        axes.plot(*zip(*points, strict=True), style, color=color, marker="o", ms=3, label=label)
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=color, marker="o", ms=3, label=label)
     axes.axhline(1.0, color="0.6", lw=0.8)
     axes.set(
-        xscale="log", yscale="log", xlabel="n r, ranks in the pool", ylabel="time / frozen linear"
+        xscale="log",
+        yscale="log",
+        xlabel="n r, ranks in the pool (8x8, 8x16, 16x16, 32x16, 64x64)",
+        ylabel="time / frozen linear",
     )
     axes.set_title("576 -> 1536, T = 1024, k = 2, forward + backward", fontsize=10)
     axes.legend(fontsize=8, frameon=False)

@@ -19,6 +19,9 @@ CELLS = (
     "SmolLM2-135M-up-T4096-n8-r8-k2-M1-uniform-train",
     "SmolLM2-135M-down-T1024-n8-r8-k4-M1-uniform-train",
     "Llama-3.2-1B-up-T512-n32-r16-k2-M1-uniform-train",
+    "SmolLM2-135M-up-T1024-n32-r16-k2-M1-uniform-train",
+    "SmolLM2-135M-up-T1024-n64-r64-k2-M1-uniform-train",
+    "SmolLM2-135M-up-T1-n8-r8-k2-M1-uniform-infer",
 )
 VARIANTS = {
     "remix": "**ReMix**",
@@ -38,7 +41,7 @@ def figures() -> str:
     body = []
     for cell in CELLS:
         over = [float(grid[cell, variant]["over_frozen"]) for variant in VARIANTS]
-        name = cell.removesuffix("-M1-uniform-train")
+        name = cell.removesuffix("-M1-uniform-train").replace("-M1-uniform-infer", " (forward)")
         body.append([name, *(f"{value:.2f}" for value in over)])
     ratios = []
     for row in steps:
@@ -52,9 +55,10 @@ def figures() -> str:
         "",
         *table(["", *VARIANTS.values()], body),
         *table(["SmolLM2-135M, side by side", "ratio"], ratios),
-        "All cells, peers, profiles and curves: [docs/performance.md](docs/performance.md). Not",
-        "measured on a GPU.",
+        "All cells, peers, profiles and curves: [docs/performance.md](docs/performance.md).",
     ]
+    if not rows_of("gpu", "cell", "variant"):
+        lines.append("Not measured on a GPU.")
     return "\n".join(lines) + "\n"
 
 

@@ -8,7 +8,8 @@
     logits        m x batch x labelled tokens x vocabulary x 12 (log-softmax, and in the backward
                   pass its gradient and that of the logits, in fp32)
     routers       where selections run in parts: sums of what trains the routers, 4 bytes x batch x
-                  blocks x (2 + selections at once) x router parameters (remix_model/eligibility.py)
+                  blocks x (2 + selections in the largest of these parts) x router parameters
+                  (remix_model/eligibility.py)
     allocator     on a CPU, 3/4 x activations
     process       on a CPU, 430 MiB: Python, torch, transformers and PEFT, before any weights
 
@@ -17,6 +18,8 @@ feed-forward size f and key/value width v. For a Llama block with fused attentio
 inputs, the feed-forward block's input, queries, attention's output) + 2 v + 4 f (gate, up, silu of
 the gate, their product), and n r + 2 n for each adapted linear (H; mask and logits). With gradient
 checkpointing a block keeps h, and one block at a time the rest, when the logits are gone.
+A part without a graph holds one block's c, and 8 bytes rather than 12 of its logits; the larger of
+the two kinds of part counts.
 
 allocator: glibc takes blocks from a heap that does not shrink (those of any size, as `remix train`
 sets it up: allocator.py; below 32 MiB else, for 2 to 9 % less at the peak), and activations of many
@@ -56,6 +59,8 @@ def estimate_memory(
     model: Any,
     *,
     selections_at_once: int,
+    forward_only_at_once: int,
+    collected_at_once: int,
     router_blocks: int,
     held_gradients: bool,
     batch_size: int,
@@ -71,7 +76,9 @@ def estimate_memory(
     Args:
         model: With adapters; its parameters may be on the meta device.
         selections_at_once: Selections whose graph is in memory together.
-        router_blocks: Blocks of positions for which sums are kept; 0 where all run in one part.
+        forward_only_at_once: Selections of the largest part without a graph; 0: there is none.
+        collected_at_once: Of the largest part whose sums train the routers; 0: there is none.
+        router_blocks: Blocks of positions for which sums are kept.
         held_gradients: Whether parts are backpropagated before the last: gradients stand twice.
         batch_size: Sequences in one pass, before selections multiply them.
         tokens: Of the longest sequence.
@@ -95,6 +102,12 @@ def estimate_memory(
     if gradient_checkpointing:
         recomputed = rows * block * activation_bytes
         activations = rows * (layers + 2) * hidden * activation_bytes + max(recomputed - logits, 0)
+    forward_rows = forward_only_at_once * batch_size * tokens
+    forward_only = (
+        forward_rows * (block + 2 * hidden) * activation_bytes,
+        8 * forward_only_at_once * batch_size * labelled_tokens * config.vocab_size,
+    )
+    activations, logits = max((activations, logits), forward_only, key=sum)
     routers = sum(router.numel() for router in _routers(model))
     trainable = [p for p in model.parameters() if p.requires_grad]
     return MemoryEstimate(
@@ -103,7 +116,9 @@ def estimate_memory(
         optimizer=8 * sum(p.numel() for p in trainable),
         activations=activations,
         logits=logits,
-        routers=4 * batch_size * router_blocks * (2 + selections_at_once) * routers,
+        routers=4 * batch_size * router_blocks * (2 + collected_at_once) * routers
+        if collected_at_once
+        else 0,
         allocator=0.75 * activations if on_cpu else 0,
         process=430 * 2**20 if on_cpu else 0,
     )

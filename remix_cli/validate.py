@@ -63,7 +63,9 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     estimate = estimate_memory(
         model,
         selections_at_once=at_once,
-        router_blocks=options.credit_blocks if any(part.collect for part in plan_of_step) else 0,
+        forward_only_at_once=max((p.count for p in plan_of_step if not p.grad), default=0),
+        collected_at_once=max((p.count for p in plan_of_step if p.collect), default=0),
+        router_blocks=options.credit_blocks,
         batch_size=config.per_device_train_batch_size,
         tokens=max(len(row["input_ids"]) for row in rows),
         labelled_tokens=max(sum(label != -100 for label in row["labels"]) for row in rows),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -159,15 +159,20 @@ def fit(measured: Sequence[Measured]) -> Costs:
 
 
 def regret(measured: Sequence[Measured], constants: Costs) -> list[tuple[Measured, str, float]]:
-    """For each shape: (what the model takes, the fastest, the first's time over the second's)."""
+    """For each shape: (what the model takes, the fastest, the first's time over the second's).
+
+    A strategy that was not timed there, because it takes too long, counts as infinitely slow.
+    """
     shapes: dict[tuple[Shape, bool], dict[str, Measured]] = {}
     for m in measured:
         shapes.setdefault((m.shape, m.backward), {})[m.strategy] = m
     found = []
     for (shape, _), by_name in shapes.items():
         modelled = strategy_costs_s(*shape, itemsize=4, constants=constants)
-        taken = min(by_name, key=modelled.__getitem__)
+        taken = min(modelled, key=modelled.__getitem__)
         best = min(by_name, key=lambda name: by_name[name].over_s)
+        if taken not in by_name:
+            by_name[taken] = replace(by_name[best], strategy=taken, over_s=float("inf"))
         whole = {name: m.frozen_s + m.over_s for name, m in by_name.items()}
         found.append((by_name[taken], best, whole[taken] / whole[best]))
     return found

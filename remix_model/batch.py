@@ -51,13 +51,14 @@ class FoldedPass:
         Raises:
             ValueError: As `batch_size_of`; labels or prompts are missing.
         """
+        batch_size = batch_size_of(batch)
         masks = (
             real_positions(batch),
             predicting_positions(batch) if response_only else None,
             prompt_positions(batch) if per_sequence else None,
         )
         repeated = (None if mask is None else mask.repeat(part.count, 1) for mask in masks)
-        return cls(batch_size_of(batch), part.count, part.first, num_selections, *repeated)
+        return cls(batch_size, part.count, part.first, num_selections, *repeated)
 
     @property
     def sequences(self) -> int:

@@ -187,7 +187,6 @@ class RoutingState:
             raise RuntimeError(
                 "this context has one loss already: open another one for the next batch"
             )
-        self.part = part
         self.folded = folded = FoldedPass.of(
             batch,
             part,
@@ -195,6 +194,7 @@ class RoutingState:
             response_only=self.options.logprob_tokens == "response",
             per_sequence=any(site.per_sequence for site in self.sites),
         )
+        self.part = part
         self._awaiting = True
         if len(self._plan) > 1:
             self.selections = {}

@@ -119,7 +119,11 @@ class Problem:
         ]
 
     def check(self, name: str, forward: Callable[[], Tensor]) -> None:
-        """Raise unless what a variant computes is the truth, to the rounding of its dtype."""
+        """Raise unless what a variant computes is the truth, to the rounding of its dtype.
+
+        y of the first 128 rows; where there are no more, the gradients too. `peers.runnable` checks
+        larger cells' gradients at a twin of so many rows.
+        """
         truth = self.truth()
         with torch.set_grad_enabled(self.cell.backward):
             y = forward()

@@ -70,17 +70,29 @@ def test_peers_are_right(cell):
         assert problem.lora_A.grad is None
 
 
-@pytest.mark.parametrize("wrong", ["y", "dA"])
-def test_a_wrong_peer_is_not_timed(wrong):
+@pytest.mark.parametrize(("wrong", "tokens"), [("y", 6), ("dA", 6), ("y", 200), ("dA", 200)])
+def test_a_wrong_peer_is_not_timed(wrong, tokens):
     def peer(problem):
         def forward():
             y = problem.remix()
-            return y * 1.001 if wrong == "y" else y + problem.lora_A.sum() * 0.01 * (y * 0 + 1)
+            shift = problem.lora_A - problem.lora_A.detach()  # 0, with a gradient
+            return y * 1.001 if wrong == "y" else y + 0.01 * shift.sum()
 
         return forward
 
-    with pytest.raises(AssertionError, match=r"bad at SmolLM2-135M-up-T6.*is off by"):
-        runnable(Problem(FEW), {"bad": peer})
+    with pytest.raises(AssertionError, match=rf"bad at SmolLM2-135M-up-T.*{wrong} is off by"):
+        runnable(Problem(replace(SMALL, tokens=tokens)), {"bad": peer})
+
+
+def test_a_peer_that_breaks_is_left_out_and_ours_is_not():
+    def peer(problem):
+        return lambda: problem.x @ problem.x  # does not fit
+
+    found, reasons = runnable(Problem(FEW), {"theirs": peer})
+    assert not found
+    assert "shapes cannot be multiplied" in reasons["theirs"]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        runnable(Problem(FEW), {"remix": peer})
 
 
 def test_what_cannot_run_says_why():
@@ -123,9 +135,10 @@ def test_growth_finds_the_exponent():
 
 
 def test_regret_is_over_the_fastest():
-    rows = [row(SMALL, "dense", 1.5, "grouped"), row(SMALL, "grouped", 1.8, "grouped")]
-    assert regrets(rows) == {str(SMALL): ("grouped", "dense", pytest.approx(1.2))}
-    assert regrets(rows[:1]) == {}  # what auto takes was not timed
+    rows = [row(SMALL, "dense", 1.8, "grouped"), row(SMALL, "grouped", 1.5, "grouped")]
+    # The model as it is now takes dense, whatever the rows say that it took.
+    assert regrets(rows) == {str(SMALL): ("dense", "grouped", pytest.approx(1.2))}
+    assert regrets(rows[1:]) == {}  # what auto takes was not timed
 
 
 def fake(monkeypatch, ratio, spread=0.02):

@@ -67,3 +67,17 @@ def test_ranges_leave_nothing_behind(step):
         assert Pool.linear is not before
         raise RuntimeError
     assert Pool.linear is before
+
+
+def test_decoding_is_told_apart():
+    """One row goes another way: its products have other names and no ranges of their own."""
+    model, x = Tiny().eval(), torch.randn(1, 1, 24)
+    with ranges(), torch.no_grad(), torch.profiler.profile(record_shapes=True) as profiler:
+        model(x)
+    found = [(op.name, kind_of(op, VOCABULARY, N * R)) for op in ops_of(profiler)]
+    assert found.count(("aten::mv", "shrink")) == 2 * 2
+    assert found.count(("aten::addmv_", "shrink")) == 2 * 2  # inside mv
+    assert found.count(("aten::addmv_", "expand")) == 2 * 2
+    assert found.count(("aten::topk", "sampling")) == 2
+    assert found.count(("aten::linear", "router")) == 2
+    assert found.count(("aten::linear", "base GEMM")) == 2

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from remix_cli.memory import estimate_memory
 from remix_model import ReMixConfig, sample_routing, token_losses
 from remix_model.eligibility import CAUSAL_BLOCKS
+from remix_model.options import SamplingOptions
 
 NUM_SELECTIONS, BATCH, TOKENS, LABELLED = 2, 4, 128, 64
 NUM_EXPERTS, R = 8, 8
@@ -79,7 +80,9 @@ def test_estimate_is_near_what_torch_allocates(
     estimate = estimate_memory(
         model,
         selections_at_once=NUM_SELECTIONS,
-        router_blocks=0,
+        forward_only_at_once=0,
+        collected_at_once=0,
+        router_blocks=1,
         held_gradients=False,
         batch_size=BATCH,
         tokens=TOKENS,
@@ -104,15 +107,19 @@ def test_estimate_is_near_what_torch_allocates(
         ({"num_selections": 6, "grad_selections": 2}, 1),
         ({"num_selections": 4, "selection_chunk_size": 2}, 1),
         ({"num_selections": 6, "grad_selections": 2, "credit": "causal"}, CAUSAL_BLOCKS),
+        ({"num_selections": 10, "grad_selections": 2, "credit": "causal"}, CAUSAL_BLOCKS),
     ],
-    ids=["G2-of-6", "chunks-of-2", "G2-of-6-causal"],
+    ids=["G2-of-6", "chunks-of-2", "G2-of-6-causal", "G2-of-10-causal"],
 )
 def test_estimate_in_parts(options: dict[str, Any], blocks: int) -> None:
     """Selections that are not in memory together do not count, what trains the routers does."""
     model = adapted_llama(torch.float32, num_hidden_layers=6, vocab_size=512)
+    plan = SamplingOptions(**options).plan(detached=True, checkpointed=False)
     estimate = estimate_memory(
         model,
         selections_at_once=2,
+        forward_only_at_once=max((p.count for p in plan if not p.grad), default=0),
+        collected_at_once=max(p.count for p in plan if p.collect),
         router_blocks=blocks,
         held_gradients="selection_chunk_size" in options,
         batch_size=BATCH,

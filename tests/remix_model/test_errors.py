@@ -233,9 +233,10 @@ PACKED = {
 
 
 @pytest.mark.parametrize("batch", PACKED.values(), ids=PACKED.keys())
-def test_packed_batches(batch, layer):
+@pytest.mark.parametrize("tokens", ["all", "response"])
+def test_packed_batches(batch, tokens, layer):
     with (
-        sampling(layer) as routing,
+        sampling(layer, logprob_tokens=tokens) as routing,
         pytest.raises(ValueError, match=r"packed.*packing=False and padding_free=False"),
     ):
         routing.expand({"input_ids": torch.ones(1, 6), **batch})
