@@ -13,8 +13,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from benchmarks.common import prepare_cpu, write_rows
-from benchmarks.estimators.tables import rows_of
+from benchmarks.common import prepare_cpu, rows_of, write_rows
 from remix_kernels._costs import SHIPPED, Costs
 from remix_kernels.calibrate import Measured, fit, measure, regret
 

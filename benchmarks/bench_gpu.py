@@ -18,7 +18,6 @@ and measures nothing.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.common import RESULTS, Timing, environment
+from benchmarks.common import Timing, interleaved, write_rows
 from benchmarks.layers.cells import Cell
 from benchmarks.layers.peers import PEERS, Forward, Unable, runnable
 from benchmarks.layers.problem import Problem
@@ -153,11 +152,7 @@ def under(name: str, run: Callable[[], None]) -> Callable[[], None]:
 
 
 def _times(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, Timing]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(time_ms(run))
-    return {name: Timing(values) for name, values in times.items()}
+    return interleaved(runs, rounds, warmup=0, clock=time_ms)
 
 
 def _rows(name: str, times: dict[str, Timing], peaks: dict[str, float]) -> list[dict[str, Any]]:
@@ -197,24 +192,13 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("not measured on a GPU: torch sees no CUDA device")
         return
-    where = {
-        **environment(),
-        "device": torch.cuda.get_device_name(),
-        "triton": triton.__version__,
-    }
-    path = RESULTS / "gpu.csv"
+    where = {"device": torch.cuda.get_device_name(), "triton": triton.__version__}
     for cell, run in [(c, measure) for c in CELLS] + [(c, measure_decode) for c in DECODE]:
         print(f"\n{cell}", flush=True)
         rows = [{**where, **row} for row in run(cell, args.rounds)]
         torch.cuda.empty_cache()
-        if args.no_save:
-            continue
-        new = not path.exists()  # appended case by case: a time limit loses one case
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        if not args.no_save:  # cell by cell: a time limit loses one
+            write_rows("gpu", rows)
 
 
 if __name__ == "__main__":

@@ -33,25 +33,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.bench_train_step import (
     BATCH,
     LENGTH,
     NEW_TOKENS,
-    TARGETS,
     K,
     N,
     R,
     batch_of,
-    build,
     generation,
     lora_step,
+    pair,
     remix_step,
 )
 from benchmarks.common import prepare_cpu, write_rows
-from remix_model import ReMixConfig
 from remix_model.layer import Pool
 from remix_model.site import RoutingSite
 from remix_model.state import RoutingState
@@ -259,8 +256,7 @@ def main() -> None:
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
     prepare_cpu()
-    lora = build(LoraConfig(r=K * R, lora_alpha=2, use_rslora=True, target_modules=TARGETS))
-    remix = build(ReMixConfig(num_experts=N, top_k=K, r=R, target_modules=TARGETS))
+    lora, remix = pair()
     vocabulary = lora.config.vocab_size
     batch = batch_of(BATCH, 0.5)
     runs: dict[str, dict[str, tuple[Callable[[], None], int]]] = {

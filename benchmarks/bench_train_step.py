@@ -43,6 +43,12 @@ def build(config: Any) -> nn.Module:
     return model.train()
 
 
+def pair() -> tuple[nn.Module, nn.Module]:
+    """(PEFT LoRA of rank k r, ReMix)."""
+    lora = build(LoraConfig(r=K * R, lora_alpha=2, use_rslora=True, target_modules=TARGETS))
+    return lora, build(ReMixConfig(num_experts=N, top_k=K, r=R, target_modules=TARGETS))
+
+
 def batch_of(size: int, label_share: float) -> dict[str, torch.Tensor]:
     """Random tokens; the last `label_share` of each row has labels."""
     generator = torch.Generator().manual_seed(0)
@@ -135,8 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     prepare_cpu()
     started = time.time()
-    lora = build(LoraConfig(r=K * R, lora_alpha=2, use_rslora=True, target_modules=TARGETS))
-    remix = build(ReMixConfig(num_experts=N, top_k=K, r=R, target_modules=TARGETS))
+    lora, remix = pair()
     shape = f"{BATCH}x{LENGTH}-n{N}-k{K}-r{R}-labels{args.label_share:g}"
     rows: list[dict[str, object]] = []
     one = batch_of(BATCH, args.label_share)

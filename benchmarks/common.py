@@ -72,6 +72,7 @@ def interleaved(
     *,
     cold: bool = False,
     seconds: float = float("inf"),
+    clock: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, Timing]:
     """Time each variant once a round, in turn; each round begins with another one.
 
@@ -82,6 +83,7 @@ def interleaved(
         cold: Fill the processor's caches with something else before each run, as the rest of a
             model would: what a run reads comes from memory.
         seconds: Rounds end then, but not before there are 5.
+        clock: Runs a variant and returns its ms; None: by the wall.
     """
     for _ in range(warmup):
         for run in variants.values():
@@ -95,12 +97,16 @@ def interleaved(
             break
         first = done % len(names)
         for name in (*names[first:], *names[:first]):
-            run = variants[name]
             other.fill_(1.0)
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((clock or wall_ms)(variants[name]))
     return {name: Timing(values) for name, values in times.items()}
+
+
+def wall_ms(run: Callable[[], object]) -> float:
+    """One run by the clock on the wall."""
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
 
 
 def _cache_bytes() -> int:
@@ -173,6 +179,21 @@ def replace_rows(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def rows_of(name: str, *keys: str) -> list[dict[str, str]]:
+    """The last row for each combination of keys in results/<name>.csv; none if it is not there."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return list({tuple(row[k] for k in keys): row for row in csv.DictReader(file)}.values())
+
+
+def table(head: list[str], body: list[list[str]]) -> list[str]:
+    """Markdown."""
+    rule = ["---"] * len(head)
+    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *body)] + [""]
 
 
 def _commit() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.bench_profile import KINDS, OURS_NOT_GEMM
-from benchmarks.estimators.tables import rows_of, table
+from benchmarks.common import rows_of, table
 from benchmarks.layers.cells import DEFAULT
 from benchmarks.layers.growth import Row, growth, regrets
 
@@ -25,7 +25,8 @@ def performance_figures() -> str:
     grid = rows_of("grid", "cell", "variant")
     names = {str(cell) for cell in DEFAULT}
     grid = [row for row in grid if row["cell"] in names]
-    steps, profile = rows_of("train_step", "case", "variant"), last_profile()
+    steps = rows_of("train_step", "case", "variant")
+    profile = rows_of("profile", "part", "variant", "kind")
     lines = [*origin(grid), *layers(grid), *memory(grid), *dispatch(grid), *grown(grid)]
     lines += [*whole_steps(steps), *kinds(profile), *imports(rows_of("imports", "what"))]
     gpu = rows_of("gpu", "cell", "variant")
@@ -37,11 +38,6 @@ def performance_figures() -> str:
     else:
         lines += [f"{NOTHING.capitalize()}. `make bench-gpu` measures it where there is one.", ""]
     return "\n".join(lines)
-
-
-def last_profile() -> list[Row]:
-    """The last rows for each part, variant and kind."""
-    return rows_of("profile", "part", "variant", "kind")
 
 
 def origin(rows: list[Row]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib
 
-from benchmarks.estimators.tables import rows_of
+from benchmarks.common import rows_of
 from benchmarks.layers.growth import SIZES, Row
 
 matplotlib.use("svg")

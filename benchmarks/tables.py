@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.common import RESULTS
-from benchmarks.estimators.tables import estimator_figures, rows_of, table
+from benchmarks.common import RESULTS, rows_of, table
+from benchmarks.estimators.tables import estimator_figures
 from benchmarks.performance import performance_figures
 
 README = Path(__file__).parent.parent / "README.md"

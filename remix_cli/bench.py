@@ -13,7 +13,7 @@ from rich.table import Table
 
 from remix_cli.allocator import keep_freed_memory
 from remix_cli.display import console, print_facts, print_table
-from remix_kernels._costs import SHIPPED, Costs, calibration_file, costs, write_calibration
+from remix_kernels._costs import SHIPPED, calibration_file, costs, write_calibration
 from remix_kernels.calibrate import DECODING, TRAINING, Measured, fit, measure, regret
 
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
         measured = list(measure(args.seconds, progress=progress))
     constants = fit(measured) if args.calibrate else costs()
     choices = regret(measured, constants)
-    _print_times(measured, constants)
+    _print_times(measured, choices)
     worst = max(ratio for _, _, ratio in choices)
     before = max(ratio for _, _, ratio in regret(measured, SHIPPED))
     facts: dict[str, object] = {
@@ -63,22 +63,21 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     console.print(f"the constants are in {path}; delete it to go back to the shipped ones")
 
 
-def _print_times(measured: list[Measured], constants: Costs) -> None:
+def _print_times(measured: list[Measured], choices: list[tuple[Measured, str, float]]) -> None:
     """A row for each shape: every strategy over the frozen linear, and what `auto` takes."""
     table = Table()
     table.add_column("rows in out n k r", no_wrap=True)
     table.add_column("pass")
     for heading in ("frozen ms", "dense", "grouped", "gather", "auto"):
         table.add_column(heading, justify="right")
-    taken = {(m.shape, m.backward): m.strategy for m, _, _ in regret(measured, constants)}
-    for (shape, backward), choice in taken.items():
-        ours = [m for m in measured if (m.shape, m.backward) == (shape, backward)]
+    for taken, _, _ in choices:
+        ours = [m for m in measured if (m.shape, m.backward) == (taken.shape, taken.backward)]
         over = {m.strategy: f"{1.0 + m.over_s / m.frozen_s:.2f}" for m in ours}
         table.add_row(
-            " ".join(map(str, shape)),
-            "train" if backward else "forward",
+            " ".join(map(str, taken.shape)),
+            "train" if taken.backward else "forward",
             f"{ours[0].frozen_s * 1e3:.3f}",
             *(over.get(name, "-") for name in ("dense", "grouped", "gather")),
-            choice,
+            taken.strategy,
         )
     print_table("Time over the frozen linear's", table)

@@ -55,11 +55,10 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     )
 
     options = train_args.sampling_options()
-    with_graph = options.grad_selections or options.num_selections
-    at_once = min(options.selection_chunk_size or with_graph, with_graph)
     plan_of_step = options.plan(
         detached=plan.adapter.router_detach_input, checkpointed=config.gradient_checkpointing
     )
+    at_once = max(part.count for part in plan_of_step if part.grad)
     estimate = estimate_memory(
         model,
         selections_at_once=at_once,

@@ -23,7 +23,7 @@ from remix_kernels._routed import Call, Routed, Strategy, no_autocast
 from remix_kernels.torch_dense import DENSE
 from remix_kernels.torch_gather import GATHER
 from remix_kernels.torch_grouped import GROUPED
-from remix_kernels.torch_sampling import log_prob, log_prob_bwd
+from remix_kernels.torch_sampling import log_prob, log_prob_bwd, wide
 from remix_kernels.torch_sampling import sample_top_k as torch_sample_top_k
 from remix_kernels.torch_unordered import unordered_log_prob, unordered_log_prob_bwd
 
@@ -260,8 +260,7 @@ def selection_log_prob(
         )
     name = resolve_backend(backend, logits)
     if name == "reference":
-        z = logits if logits.dtype == torch.float64 else logits.float()
-        return reference.selection_log_prob_ref(z, top_k_index, unordered=unordered)
+        return reference.selection_log_prob_ref(wide(logits), top_k_index, unordered=unordered)
     n, k = logits.shape[-1], top_k_index.shape[-1]
     score = (_triton_scores() if name == "triton" else TORCH_SCORES)[unordered]
     rows = LogProb.apply(logits.reshape(-1, n), top_k_index.reshape(-1, k), score)

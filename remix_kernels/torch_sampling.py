@@ -45,7 +45,8 @@ def _log(x: Tensor) -> Tensor:
     return torch.xlogy(1.0, x)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
+    """What scores are computed in: fp64 as it is, all else in fp32."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -65,7 +66,7 @@ def _rest(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def log_prob(logits: Tensor, index: Tensor) -> Tensor:
     """log Q of every row. logits [T, n], index [T, k] -> [T], fp32 or fp64."""
-    _, drawn, rest = _rest(_wide(logits), index.long())
+    _, drawn, rest = _rest(wide(logits), index.long())
     total = torch.zeros_like(rest)
     for z in reversed(drawn):  # L_j from the last draw to the first
         rest = torch.logaddexp(rest, z)
@@ -76,7 +77,7 @@ def log_prob(logits: Tensor, index: Tensor) -> Tensor:
 def log_prob_bwd(logits: Tensor, index: Tensor, grad: Tensor) -> Tensor:
     """dlogits [T, n] from logits [T, n], index [T, k] and grad [T]."""
     index = index.long()
-    left, drawn, rest = _rest(_wide(logits), index)
+    left, drawn, rest = _rest(wide(logits), index)
     dz = torch.zeros_like(left)
     for j in range(index.shape[1] - 1, -1, -1):
         rest = torch.logaddexp(rest, drawn[j])

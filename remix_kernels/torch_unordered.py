@@ -35,7 +35,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from remix_kernels.torch_sampling import _log
+from remix_kernels.torch_sampling import _log, wide
 
 MAX_RECURSION = 8  # experts
 _MAX_LOG_X = 4.3  # of x = a t: 1 - exp(-x) rounds to 1 from there on, and exp(x) fits fp32
@@ -46,7 +46,7 @@ Level = tuple[Tensor, Tensor, Tensor]
 
 def unordered_log_prob(logits: Tensor, index: Tensor) -> Tensor:
     """log P of every row. logits [T, n], index [T, k] -> [T], fp32 or fp64."""
-    z = logits if logits.dtype == torch.float64 else logits.float()
+    z = wide(logits)
     k = index.shape[1]
     if k == z.shape[1]:
         return z.new_zeros(z.shape[0])
@@ -61,7 +61,7 @@ def unordered_log_prob(logits: Tensor, index: Tensor) -> Tensor:
 
 def unordered_log_prob_bwd(logits: Tensor, index: Tensor, grad: Tensor) -> Tensor:
     """dlogits [T, n] from logits [T, n], index [T, k] and grad [T]."""
-    z, index = logits if logits.dtype == torch.float64 else logits.float(), index.long()
+    z, index = wide(logits), index.long()
     k = index.shape[1]
     if k == z.shape[1]:
         return torch.zeros_like(logits)

@@ -2,26 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-
-from benchmarks.common import RESULTS
+from benchmarks.common import rows_of, table
 
 ESTIMATOR = ("credit", "log_prob", "graph")
-
-
-def rows_of(name: str, *keys: str) -> list[dict[str, str]]:
-    """The last row for each combination of keys in results/<name>.csv; none if it is not there."""
-    path = RESULTS / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return list({tuple(row[k] for k in keys): row for row in csv.DictReader(file)}.values())
-
-
-def table(head: list[str], body: list[list[str]]) -> list[str]:
-    """Markdown."""
-    rule = ["---"] * len(head)
-    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *body)] + [""]
 
 
 def estimator_figures() -> str:
