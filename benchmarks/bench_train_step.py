@@ -1,7 +1,8 @@
 """A SmolLM2-135M training step, and greedy generation: ReMix against PEFT LoRA of rank k r.
 
     step       forward + backward of 8 sequences of 128 tokens, adapters on gate/up/down, fp32,
-               logits at the labelled positions only in every variant
+               logits at the labelled positions only in every variant; also the most that torch
+               holds during the step, over what it held before (the gradients included)
     generate   greedy tokens with a KV cache, batch 1, adapters not merged
 
 A ReMix step runs M selections, so its time is divided by M: "per selection". `mixlora_loop` is a
@@ -25,7 +26,7 @@ from torch import nn
 
 import remix_model
 from benchmarks import expert_loop
-from benchmarks.common import Timing, interleaved, prepare_cpu, write_rows
+from benchmarks.common import Timing, interleaved, peak_bytes, prepare_cpu, write_rows
 from remix_model import ReMixConfig, load_model, sample_routing, token_losses
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
@@ -108,7 +109,11 @@ def generation(model: nn.Module) -> Callable[[], None]:
 
 
 def report(
-    rows: list[dict[str, object]], case: str, times: dict[str, Timing], divide: dict[str, int]
+    rows: list[dict[str, object]],
+    case: str,
+    times: dict[str, Timing],
+    divide: dict[str, int],
+    peaks: dict[str, int] | None = None,
 ) -> None:
     """Print a comparison and collect its rows; the first variant is what the others are held to."""
     first = next(iter(times))
@@ -124,9 +129,13 @@ def report(
             "p80_s": f"{timing.quantile_ms(0.8) / 1e3:.3f}",
             "ratio": f"{ratio:.3f}",
             "ratio_to": first,
+            "peak_mib": "" if peaks is None else f"{peaks[name] / 2**20:.0f}",
         }
         rows.append(row)
-        print(f"  {name:14s} {row['time_s']:>8} s   x {first} {row['ratio']} (per selection)")
+        print(
+            f"  {name:14s} {row['time_s']:>8} s   x {first} {row['ratio']} (per selection)"
+            + (f"   peak {row['peak_mib']} MiB" if peaks else "")
+        )
 
 
 def main() -> None:
@@ -153,7 +162,8 @@ def main() -> None:
             "remix_M4": remix_step(remix, one, 4),
         }
         times = interleaved(steps, args.rounds, warmup=1)
-        report(rows, f"step {shape}", times, {"remix_M2": 2, "remix_M4": 4})
+        peaks = {name: peak_bytes(run, warm=True) for name, run in steps.items()}
+        report(rows, f"step {shape}", times, {"remix_M2": 2, "remix_M4": 4}, peaks)
     if "fold" in args.parts:
         folds = {
             "separate": remix_step(remix, batch_of(2 * BATCH, args.label_share), 2, passes=4),

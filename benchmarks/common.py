@@ -157,27 +157,38 @@ def environment() -> dict[str, str]:
 
 
 def write_rows(name: str, rows: Sequence[dict[str, object]]) -> Path:
-    """Append rows to results/<name>.csv, each with its environment."""
+    """Append rows to results/<name>.csv, each with its environment.
+
+    Rows from before a column was added get an empty one.
+    """
     path = RESULTS / f"{name}.csv"
     RESULTS.mkdir(exist_ok=True)
     where = environment()
     full = [{**where, **row} for row in rows]
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(full[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(full)
+    before: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            before = list(csv.DictReader(file))
+    columns = list(dict.fromkeys([*(before[0] if before else ()), *full[0]]))
+    if not before or columns != list(before[0]):
+        _write_table(path, columns, [*before, *full])
+    else:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, columns, restval="").writerows(full)
     return path
+
+
+def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def replace_rows(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
     """Write rows as the whole of results/<name>.csv: for what is computed, not measured."""
     path = RESULTS / f"{name}.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    _write_table(path, list(rows[0]), rows)
     return path
 
 

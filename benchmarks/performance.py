@@ -153,15 +153,23 @@ def grown(rows: list[Row]) -> list[str]:
 def whole_steps(rows: list[Row]) -> list[str]:
     """Training steps and generation."""
     body = [
-        [row["case"], row["variant"], row["time_s"], f"{float(row['ratio']):.2f}", row["ratio_to"]]
+        [
+            row["case"],
+            row["variant"],
+            row["time_s"],
+            f"{float(row['ratio']):.2f}",
+            row["ratio_to"],
+            row.get("peak_mib") or "–",
+        ]
         for row in rows
     ]
     return [
         "## Whole steps",
         "",
         "SmolLM2-135M, side by side; ratios are per selection, medians of paired rounds.",
+        "Peak: the most that torch holds during the whole step, over what it held before.",
         "",
-        *table(["case", "variant", "s", "time over", "of"], body),
+        *table(["case", "variant", "s", "time over", "of", "peak MiB"], body),
     ]
 
 

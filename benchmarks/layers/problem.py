@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class Problem:
 
         return train if self.cell.backward else infer
 
+    @cached_property
     def truth(self) -> list[Tensor]:
         """In fp64, of the first rows: y; of all rows if they are few, also dx, dA, dB."""
         index, whole = self.flat_index, self.cell.rows <= CHECKED_ROWS
@@ -124,7 +126,7 @@ class Problem:
         y of the first 128 rows; where there are no more, the gradients too. `peers.runnable` checks
         larger cells' gradients at a twin of so many rows.
         """
-        truth = self.truth()
+        truth = self.truth
         with torch.set_grad_enabled(self.cell.backward):
             y = forward()
         found = [y[: len(truth[0])]]
