@@ -198,16 +198,15 @@ def kind_of(op: Op, vocabulary: int, columns: int, rank: int = 0) -> str:
 def _of_one_row(op: Op) -> str | None:
     """While decoding, where no range of ours is inside the layer's; None: nothing of that.
 
-    The frozen linear's and the router's products come as `aten::linear`, the router's the smaller
-    one of the layer; an expert's as `mv` (which calls `addmv_`) and `addmv_`.
+    The frozen linear's product comes as `aten::linear`, the router's as the layer's first `mv`
+    (which calls `addmv_`), an expert's as `mv` and `addmv_`.
     """
-    linear = op if op.name == "aten::linear" else op.within("aten::linear")
-    if linear is not None:
-        products = [o for o in _siblings(linear) if o.name == "aten::linear" and o.shapes]
-        largest = max(products, key=lambda o: o.shapes[-1][0] if o.shapes else 0, default=linear)
-        return "base GEMM" if linear is largest else "router"
-    if op.name == "aten::mv" or op.within("aten::mv") is not None:
-        return "shrink"
+    if op.name == "aten::linear" or op.within("aten::linear") is not None:
+        return "base GEMM"
+    product = op if op.name == "aten::mv" else op.within("aten::mv")
+    if product is not None:
+        first = next((o for o in _siblings(product) if o.name == "aten::mv"), product)
+        return "router" if product is first else "shrink"
     if op.name == "aten::addmv_":
         return "expand"
     return "sampling" if "topk" in op.name else None

@@ -297,16 +297,17 @@ def _run(call: Call, backend: str, strategy: str) -> Tensor:
     x, lora_B, k = call.x, call.lora_B, call.top_k_index.shape[-1]
     shape = (*call.top_k_index.shape[:-1], lora_B.shape[1])
     weights, base = call.top_k_weights, call.base
-    call = Call(
-        x.reshape(-1, x.shape[-1]),
-        call.weight,
-        call.bias,
-        None if base is None else base.reshape(-1, lora_B.shape[1]),
-        call.lora_A,
-        lora_B,
-        call.top_k_index.reshape(-1, k),
-        weights.reshape(-1, k) if isinstance(weights, Tensor) else weights,
-    )
+    if x.dim() != 2 or len(shape) != 2:
+        call = Call(
+            x.reshape(-1, x.shape[-1]),
+            call.weight,
+            call.bias,
+            None if base is None else base.reshape(-1, lora_B.shape[1]),
+            call.lora_A,
+            lora_B,
+            call.top_k_index.reshape(-1, k),
+            weights.reshape(-1, k) if isinstance(weights, Tensor) else weights,
+        )
     rows = call.top_k_index.shape[0]
     if backend == "triton" and torch.compiler.is_compiling():
         check_strategy(strategy)
@@ -327,7 +328,7 @@ def _unsafe_view(y: Tensor, shape: Sequence[int]) -> Tensor:
 
     Safe because nobody else has y.
     """
-    return torch.ops.aten._unsafe_view(y, shape)
+    return y if y.shape == shape else torch.ops.aten._unsafe_view(y, shape)
 
 
 def _no_rows(call: Call) -> Tensor:

@@ -37,20 +37,6 @@ def gather_fwd(call: Call, kept: Kept) -> Tensor:
     return y
 
 
-def gather_row(call: Call) -> Tensor:
-    """`gather_fwd` for one row, all of one dtype, one number as weight: the same sums, fewer calls.
-
-    A decoded token meets every layer once, and its caches are cold: what Python does there costs
-    as much as what the processor computes.
-    """
-    y = torch.nn.functional.linear(call.x, call.weight, call.bias)  # type: ignore[arg-type]
-    row, out, scale = call.x.view(-1), y.view(-1), call.top_k_weights
-    lora_A, lora_B = call.lora_A, call.lora_B
-    for i in call.top_k_index.view(-1).tolist():
-        out.addmv_(lora_B[i], lora_A[i].mv(row), alpha=scale)  # type: ignore[arg-type]
-    return y
-
-
 def gather_bwd(call: Call, kept: Kept, dy: Tensor, need: Needs) -> Grads:
     """dy [M T, out] -> every gradient, summed in fp32 at least (nobody trains this way)."""
     x, lora_A, lora_B, weights = call.x, call.lora_A, call.lora_B, call.top_k_weights

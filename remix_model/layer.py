@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from remix_kernels import RoutedShape, routed_linear, routed_lora
-from remix_kernels._dispatch import resolve_backend, resolve_strategy
-from remix_kernels._routed import Call
-from remix_kernels.torch_gather import gather_row
+from remix_model.decode import decode_row, is_plain
 from remix_model.site import RoutedModule, RoutingSite
 
 GRANULARITIES = ("token", "sequence")
@@ -96,19 +94,6 @@ def init_pool(
     nn.init.normal_(router, std=router_init_range)
 
 
-def is_plain(base: nn.Module) -> bool:
-    """Whether base(x) is x W^T + b and no more: no other class, no hooks, nothing watching."""
-    return (
-        type(base) is nn.Linear
-        and base.weight.is_floating_point()
-        and not base._forward_hooks
-        and not base._forward_pre_hooks
-        and not base._backward_hooks
-        and not base._backward_pre_hooks
-        and "forward" not in base.__dict__  # as accelerate's offloading replaces it
-    )
-
-
 class Pool(NamedTuple):
     """One pool of LoRAs with its router and site: what a routed layer runs."""
 
@@ -122,13 +107,10 @@ class Pool(NamedTuple):
 
     def linear(self, x: Tensor, base: nn.Linear, training: bool) -> Tensor:
         """base(x) plus the chosen adapters, in one op. x [..., in] -> [..., out]."""
-        if x.numel() == self.lora_A.shape[2] and self._decodes(x, base):
-            index = nn.functional.linear(x, self.router).topk(self.site.top_k).indices
-            self.site.note_top_k(training)
-            call = Call(
-                x, base.weight, base.bias, None, self.lora_A, self.lora_B, index, self.scaling
-            )
-            return gather_row(call)
+        if x.numel() == self.lora_A.shape[2] and not torch.is_grad_enabled():
+            y = decode_row(x, base, self, training)
+            if y is not None:
+                return y
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         selection = self.site.select(x, self.router, training)
@@ -162,25 +144,6 @@ class Pool(NamedTuple):
             self.strategy,
             self.lora_A.device,
         )
-
-    def _decodes(self, x: Tensor, base: nn.Linear) -> bool:
-        """Whether x is one row that wants no more than its top k, on a processor, in fp32."""
-        return (
-            not torch.is_grad_enabled()
-            and self.site.is_idle()
-            and x.dtype == self.lora_A.dtype == self.lora_B.dtype == torch.float32
-            and base.weight.dtype == self.router.dtype == torch.float32
-            and x.is_contiguous()
-            and x.device.type == "cpu"
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and resolve_backend(self.backend, x) == "torch"
-            and self._one_row_strategy(x) == "gather"
-        )
-
-    def _one_row_strategy(self, x: Tensor) -> str:
-        top_k = self.site.top_k
-        return resolve_strategy(self.strategy, 1, self.lora_A, self.lora_B, top_k, x.dtype)
 
     def add(self, x: Tensor, base: Tensor, dropout: nn.Module, training: bool) -> Tensor:
         """The chosen adapters of x [..., in], after dropout, added to base [..., out]."""

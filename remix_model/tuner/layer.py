@@ -17,8 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from remix_kernels import RoutedShape
+from remix_model.decode import is_plain
 from remix_model.granularity import SequencePass
-from remix_model.layer import Pool, empty_b, init_pool, is_plain, routing_scaling
+from remix_model.layer import Pool, empty_b, init_pool, routing_scaling
 from remix_model.sharing import FollowingSite, SharedSelection
 from remix_model.site import RoutedModule, RoutingSite
 from remix_model.tuner.config import ReMixConfig, ReMixRuntimeConfig
@@ -142,10 +143,10 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
             raise ValueError(MIXED_BATCH)
         names = [] if self._disable_adapters else self.active_adapters
         names = [name for name in names if name in self.sites]
-        base: Any = self.base_layer
+        base: Any = self._modules["base_layer"]
         if len(names) == 1 and not args and not kwargs and is_plain(base):
-            dropout: Any = self.remix_dropout[names[0]]
-            if not (self.training and dropout.p > 0.0):
+            dropout: Any = self.remix_dropout[names[0]] if self.training else None
+            if dropout is None or dropout.p == 0.0:
                 return self._pool(names[0]).linear(x, base, self.training)
         y = base(x, *args, **kwargs)
         with self._brought_in():

@@ -246,7 +246,8 @@ def test_one_decoded_row_takes_the_short_way_to_the_same_bits(bias: bool) -> Non
 def test_the_short_way_is_for_plain_decoding_only(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = RoutedLoRALinear(nn.Linear(40, 24), num_experts=8, top_k=3, r=4, strategy="gather")
     rows = []
-    monkeypatch.setattr("remix_model.layer.gather_row", lambda call: rows.append(call))
+    note = layer.site.note_top_k
+    monkeypatch.setattr(layer.site, "note_top_k", lambda mode: (rows.append(mode), note(mode)))
     x = torch.randn(1, 40)
     layer(x)  # with gradients
     with torch.no_grad():
