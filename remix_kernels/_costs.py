@@ -32,12 +32,12 @@ class Costs:
 
 # Fitted to benchmarks/results/calibration.csv: two cores, fp32. Their ratios decide.
 SHIPPED = Costs(
-    flop_s=5.9e-12,
-    byte_s=1.3e-10,
-    pair_byte_s=2.2e-10,
-    dense_call_s=8.2e-4,
-    expert_call_s=2.4e-4,
-    slot_call_s=1.0e-4,
+    flop_s=6.5e-12,
+    byte_s=1.7e-10,
+    pair_byte_s=2.45e-10,
+    dense_call_s=1.07e-3,
+    expert_call_s=1.6e-4,
+    slot_call_s=9.2e-5,
 )
 
 

@@ -25,8 +25,9 @@ _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 def philox_uint32(seed: int, offset: int, rows: int, columns: int, device: torch.device) -> Tensor:
     """Random words for `rows` consecutive counters from `offset` on.
 
-    Products of two 32-bit numbers are taken modulo 2^64 in int64; an arithmetic shift and a mask
-    then give the exact high half. All four words of a block are computed together.
+    Products of two 32-bit numbers are taken modulo 2^64 in int64, and an arithmetic shift gives
+    their high half. Only the low 32 bits of a word count: they are cut out where a word is
+    multiplied next, and at the end.
 
     Returns:
         [rows, columns] int64, values in [0, 2^32).
@@ -38,12 +39,12 @@ def philox_uint32(seed: int, offset: int, rows: int, columns: int, device: torch
     c2 = torch.arange(blocks, device=device, dtype=torch.int64).expand(rows, blocks).contiguous()
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    low_half = torch.tensor(_MASK32, device=device)  # a number would be made a tensor every time
     for _ in range(PHILOX_ROUNDS):
         p0, p1 = c0.mul_(_MULTIPLIER_0), c2.mul_(_MULTIPLIER_1)
-        high0, high1 = (p0 >> 32).bitwise_and_(_MASK32), (p1 >> 32).bitwise_and_(_MASK32)
-        next0 = high1.bitwise_xor_(c1).bitwise_xor_(k0)
-        next2 = high0.bitwise_xor_(c3).bitwise_xor_(k1)
-        c1, c3 = p1.bitwise_and_(_MASK32), p0.bitwise_and_(_MASK32)
-        c0, c2 = next0, next2
+        c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(low_half)
+        c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(low_half)
+        c1, c3 = p1, p0
         k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
-    return torch.stack((c0, c1, c2, c3), dim=-1).reshape(rows, blocks * 4)[:, :columns]
+    words = torch.stack((c0, c1, c2, c3), dim=-1).bitwise_and_(low_half)
+    return words.reshape(rows, blocks * 4)[:, :columns]
