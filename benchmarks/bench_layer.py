@@ -37,7 +37,11 @@ from benchmarks.layers.peers import PEERS, runnable
 from benchmarks.layers.problem import Problem
 from remix_kernels._dispatch import resolve_strategy
 
-COMPILED = ("T1-n8-r8-k2-M1-uniform-infer", "T1024-n8-r8-k2-M1", "T1024-n32-r16-k2-M1-uniform")
+COMPILED = (
+    "T1-n8-r8-k2-M1-uniform-infer",
+    "T1024-n8-r8-k2-M1-uniform",
+    "T1024-n32-r16-k2-M1-uniform",
+)
 OURS = ("remix", "dense", "grouped", "gather")
 GROWTH = 1.10  # of a ratio, that is more than rounding of the code
 
@@ -47,7 +51,7 @@ def measure(cell: Cell, peers: list[str], rounds: int, seconds: float) -> list[d
     problem = Problem(cell)
     forwards, reasons = runnable(problem, {name: PEERS[name] for name in peers})
     runs = {name: problem.run(forward) for name, forward in forwards.items()}
-    times = interleaved(runs, rounds, warmup=1, cold=True, seconds=seconds)
+    times = interleaved(runs, rounds, warmup=0, cold=True, seconds=seconds)
     top = (cell.rows, problem.lora_A, problem.lora_B, cell.k, problem.x.dtype)
     auto = resolve_strategy("auto", *top)
     sizes = {

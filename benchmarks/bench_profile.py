@@ -231,12 +231,9 @@ def _product(op: Op, columns: int) -> str:
 
 def times_of(
     run: Callable[[], None], vocabulary: int, columns: int, rank: int = 0
-) -> tuple[dict[str, float], float]:
-    """(seconds by kind, seconds without the profiler) of one call."""
+) -> dict[str, float]:
+    """Seconds by kind of one call, under the profiler."""
     run()
-    start = time.perf_counter()
-    run()
-    plain = time.perf_counter() - start
     with ranges(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         start = time.perf_counter()
         run()
@@ -245,7 +242,7 @@ def times_of(
     for op in ops_of(profiler):
         found[kind_of(op, vocabulary, columns, rank)] += op.own_ns / 1e9
     found["other Python"] += wall - sum(found.values())
-    return dict(found), plain
+    return dict(found)
 
 
 def main() -> None:
@@ -272,10 +269,10 @@ def main() -> None:
     for part in args.parts:
         for variant, (run, per) in runs[part].items():
             rank = K * R if variant == "lora_kr" else 0
-            found, plain = times_of(run, vocabulary, N * R, rank)
+            found = times_of(run, vocabulary, N * R, rank)
             total = sum(found.values())
             ours = sum(found.get(kind, 0.0) for kind in OURS_NOT_GEMM)
-            print(f"\n{part} {variant}: {plain:.3f} s, {total:.3f} s under the profiler")
+            print(f"\n{part} {variant}: {total:.3f} s under the profiler")
             for kind in KINDS:
                 seconds = found.get(kind, 0.0)
                 rows.append(
@@ -286,7 +283,6 @@ def main() -> None:
                         "kind": kind,
                         "ms": f"{seconds / per * 1e3:.3f}",
                         "share": f"{seconds / total:.4f}",
-                        "plain_ms": f"{plain / per * 1e3:.3f}",
                     }
                 )
                 print(f"  {kind:15s} {seconds / per * 1e3:9.3f} ms  {seconds / total:6.1%}")

@@ -161,8 +161,8 @@ def main() -> None:
             "remix_M2": remix_step(remix, one, 2),
             "remix_M4": remix_step(remix, one, 4),
         }
-        times = interleaved(steps, args.rounds, warmup=1)
-        peaks = {name: peak_bytes(run, warm=True) for name, run in steps.items()}
+        peaks = {name: peak_bytes(run, warm=True) for name, run in steps.items()}  # warms up, too
+        times = interleaved(steps, args.rounds, warmup=0)
         report(rows, f"step {shape}", times, {"remix_M2": 2, "remix_M4": 4}, peaks)
     if "fold" in args.parts:
         folds = {

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.layers.problem import CHECKED_ROWS, SCALE, Problem
 
-EINSUM_LIMIT = 2**28  # bytes of gathered experts
+EINSUM_LIMIT = 2**26  # bytes of gathered experts
 GATHER_ROWS = 64  # the strategy is for decoding: above, it is only slow
 Forward = Callable[[], Tensor]
 
