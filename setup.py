@@ -65,6 +65,7 @@ setup(
         "report": ["matplotlib", "jinja2"],
         "flash": ["flash-attn"],
         "bench": ["pytest-benchmark", "psutil", "matplotlib"],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "latex2mathml"],
         "dev": [
             "pytest",
             "hypothesis",
