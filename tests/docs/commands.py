@@ -17,6 +17,7 @@ NOT_RUN = [
     ("remix bench", "measures for a minute"),
     ("REMIX_AUTOTUNE=1 remix train", "tunes kernels, for a GPU"),
 ]
+LAUNCHERS = ("python", "torchrun", "accelerate")  # of a module or a script, which is only checked
 _ASSIGNMENT = re.compile(r"[A-Z][A-Z0-9_]*=")
 
 
@@ -42,10 +43,12 @@ def check(words: list[str], run: bool = True) -> None:
         _check_make(words[1:])
     elif words[:2] == ["pip", "install"]:
         _check_pip(words[2:])
-    elif words[1:2] == ["-m"]:
-        _check_module(words[2], words[3:])
+    elif Path(words[0]).name in LAUNCHERS:
+        _check_launched(words[1:])
     else:
         raise AssertionError(f"{words[0]} is no command of this project: say how to check it here")
+    for path in (word for word in words if word.startswith("examples/")):
+        assert (ROOT / path).exists(), f"{path} is not there"
 
 
 def _check_remix(argv: list[str], run: bool) -> None:
@@ -76,6 +79,18 @@ def _check_pip(words: list[str]) -> None:
                 assert f'"{extra}": [' in setup, f"there is no extra {extra}"
         else:
             assert f"\n{word}\n" in pins, f"{word} is not what constraints.txt pins"
+
+
+def _check_launched(words: list[str]) -> None:
+    """`-m module ...`, or a script of ours, after the launcher's own flags."""
+    if "-m" not in words:
+        assert any(word.endswith(".py") for word in words), f"{words} starts nothing"
+        return
+    module, *rest = words[words.index("-m") + 1 :]
+    if module == "remix_cli":
+        _check_remix(rest, run=False)
+    else:
+        _check_module(module, rest)
 
 
 def _check_module(module: str, words: list[str]) -> None:
