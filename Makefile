@@ -3,7 +3,7 @@
 # its name.
 
 PYTHON ?= python3
-EXTRAS ?= train,report,bench,dev
+EXTRAS ?= train,report,bench,docs,dev
 PIP_ARGS ?=
 ARGS ?=
 
@@ -14,7 +14,7 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.t
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-gpu demo lint format bench bench-gpu compile-report clean
+.PHONY: help venv test test-gpu demo docs lint format bench bench-gpu compile-report clean
 
 help:  ## show this list
 	@echo "make TARGET [ARGS='...']   ARGS goes to the command behind test, test-gpu, demo and bench"
@@ -54,6 +54,9 @@ test-gpu: $(STAMP)  ## run only the tests that need a GPU
 
 demo: $(STAMP)  ## finetune a small language model on this machine
 	$(PY) -m remix_cli train --config examples/demo.yaml --output-dir runs/demo --overwrite $(ARGS)
+
+docs: $(STAMP)  ## build the documentation into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 lint: $(STAMP)  ## check style, format and types
 	$(PY) -m ruff check .

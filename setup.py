@@ -65,6 +65,13 @@ setup(
         "report": ["matplotlib", "jinja2"],
         "flash": ["flash-attn"],
         "bench": ["pytest-benchmark", "psutil", "matplotlib"],
+        "docs": [
+            "mkdocs-material>=9.7",
+            "mkdocstrings[python]>=1.0",
+            # Later ones break the last mkdocstrings that supports Python 3.10.
+            'pymdown-extensions<12; python_version < "3.11"',
+            "latex2mathml",
+        ],
         "dev": [
             "pytest",
             "hypothesis",

@@ -42,8 +42,8 @@ def sample_routing(
     structure is known to allow it (`remix_model.prefix`).
 
         with sample_routing(model, num_selections=4, seed=step) as routing:
-            batch = routing.expand(batch)
-            loss = routing.loss(token_losses(model(**batch)), mask)
+            losses, mask = token_losses(model, routing.expand(batch))
+            loss = routing.loss(losses, mask)
         loss.backward()
 
     Args:

@@ -12,7 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from remix_cli import main
 
 
-def make_model(folder: Path, hidden_size: int = 32, vocab_size: int | None = None) -> Path:
+def make_model(
+    folder: Path, hidden_size: int = 32, vocab_size: int | None = None, positions: int = 64
+) -> Path:
     """A random two-layer Llama with one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<eos>", *alphabet])}
@@ -29,7 +31,7 @@ def make_model(folder: Path, hidden_size: int = 32, vocab_size: int | None = Non
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         eos_token_id=0,
         bos_token_id=None,
         pad_token_id=0,

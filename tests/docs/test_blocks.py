@@ -1,0 +1,61 @@
+"""Every code block of README and the documentation is run, or checked as far as it can be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from remix_cli.config import RunConfig, read_yaml
+from tests.docs.commands import check, commands_of
+from tests.docs.given import GIVEN
+from tests.docs.pages import PAGES, Block, blocks_of, name_of
+
+# Configurations of other programs: (page, first line of the block).
+OTHER_YAML: set[tuple[str, str]] = set()
+
+
+def run(block: Block, namespace: dict[str, Any]) -> None:
+    """Run one block, with tracebacks that point into the page."""
+    if block.title is not None:
+        Path(block.title).write_text(block.text)
+    if block.language == "python":
+        code = compile("\n" * (block.line - 1) + block.text, block.page, "exec")
+        exec(code, namespace)
+    elif block.language == "bash":
+        for words in commands_of(block.text):
+            check(words)
+    elif block.language == "json":
+        for line in block.text.splitlines():
+            json.loads(line)
+    elif block.language == "yaml":
+        check_yaml(block)
+
+
+def check_yaml(block: Block) -> None:
+    if (block.page, block.text.splitlines()[0]) in OTHER_YAML:
+        assert isinstance(yaml.safe_load(block.text), dict)
+        return
+    path = Path(block.title or "block.yaml")
+    path.write_text(block.text)
+    RunConfig(**read_yaml(path))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_page_runs(page: Path, desk: Path) -> None:
+    blocks = blocks_of(page)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    if any(block.language in ("python", "bash") for block in blocks):
+        namespace.update(GIVEN.get(name_of(page), dict)())
+    for block in blocks:
+        try:
+            run(block, namespace)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{block.place}: {type(error).__name__}: {error}") from error
+
+
+def test_every_given_name_is_for_a_page() -> None:
+    assert set(GIVEN) <= {name_of(page) for page in PAGES}
