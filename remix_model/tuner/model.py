@@ -16,6 +16,7 @@ from remix_model.granularity import SequencePass
 from remix_model.site import RoutingSite
 from remix_model.tuner.config import ReMixConfig
 from remix_model.tuner.layer import CANNOT_MERGE, MIXED_BATCH, ReMixLayer, linear_features
+from remix_model.tuner.loading import refuse_strays
 
 _GATED = ["gate_proj", "up_proj", "down_proj"]
 _TWO = ["fc1", "fc2"]
@@ -181,6 +182,8 @@ class ReMixModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+        refuse_strays(model, remapped, (f".{cls.prefix}", *biases))
         _check_loaded(model, config, remapped, cls.prefix, adapter_name)
         return remapped
 
