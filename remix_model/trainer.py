@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,14 @@ from remix_model.credit import leave_one_out
 from remix_model.errors import NonFiniteError
 from remix_model.losses import token_losses
 from remix_model.routing import sample_routing
+from remix_model.saving import WholeSaves
 from remix_model.site import find_sites, mix_seed
 from remix_model.state import RoutingState
 from remix_model.stats import RoutingRecorder
 from remix_model.training_args import ReMixArguments, ReMixTrainingArguments
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class ReMixTrainerMixin(_Base):
+class ReMixTrainerMixin(WholeSaves):
     """What every ReMix trainer does differently from its parent, to be mixed in before it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
