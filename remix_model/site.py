@@ -315,7 +315,8 @@ class RoutingSite:
         call = len(state.selections.get(self.stream, ()))
         seed = mix_seed(state.seed, self.stream, call)
         offset = folded.first_sequence * decisions
-        index = sample_top_k(logits, self.top_k, seed=seed, offset=offset)
+        # Not looked at here: the losses' check says in which layer numbers stopped being finite.
+        index = sample_top_k(logits, self.top_k, seed=seed, offset=offset, check=False)
         if folded.sampled is not None and not self.per_sequence:
             drawn = folded.sampled.to(logits.device).view(*lead, 1)
             index = torch.where(drawn, index, self._choose(logits).to(index.dtype))

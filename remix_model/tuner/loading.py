@@ -88,7 +88,7 @@ def guard_doors() -> None:
 
 def _put_before(owner: type, name: str, guard: Callable[..., Any]) -> None:
     """Replace a method, or class method, by a guarded one."""
-    method = vars(owner)[name]
+    method = inspect.getattr_static(owner, name)
     if isinstance(method, classmethod):
         setattr(owner, name, classmethod(guard(method.__func__)))
     else:

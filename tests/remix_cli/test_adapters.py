@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -115,5 +116,6 @@ def test_a_folder_does_not_decide_that_its_code_is_run(
     for command in COMMANDS:
         fails(capsys, main([*command, "--adapter", str(finished)]))
         assert not (finished / "ran").exists()
-    assert main([*COMMANDS[1], "--adapter", str(finished), "--trust-remote-code"]) != 0
+    with suppress(Exception):  # no model comes out of it
+        main([*COMMANDS[1], "--adapter", str(finished), "--trust-remote-code"])
     assert (finished / "ran").exists(), "the trap must be one"
