@@ -135,10 +135,11 @@ class ReMixModel(BaseTuner):
         if sequence_pass is None and config.routing_granularity == "sequence":
             sequence_pass = SequencePass()
             sequence_pass.watch(model)
-        for layer in layers.values():
+        for name, layer in layers.items():
             layer.sequence_pass = sequence_pass
             for site in layer.sites.values():
                 if isinstance(site, RoutingSite):
+                    site.name = site.name or name
                     site.warned = warned
                     site.sequence_pass = sequence_pass if site.per_sequence else None
 
