@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 from torch import Tensor
@@ -60,6 +61,8 @@ def check_routed(
         raise TypeError(
             f"top_k_weights must be a tensor or a number, got {type(top_k_weights).__name__}"
         )
+    elif isinstance(top_k_weights, int) and abs(top_k_weights) > sys.float_info.max:
+        raise ValueError("top_k_weights is an integer beyond the largest float")
     return torch.Size((*lead, out))
 
 

@@ -307,6 +307,9 @@ def _run(call: Call, backend: str, strategy: str) -> Tensor:
     x, lora_B, k = call.x, call.lora_B, call.top_k_index.shape[-1]
     shape = (*call.top_k_index.shape[:-1], lora_B.shape[1])
     weights, base = call.top_k_weights, call.base
+    if type(weights) is int:  # which may be larger than what torch takes for one
+        call = call._replace(top_k_weights=float(weights))
+        weights = call.top_k_weights
     if x.dim() != 2 or len(shape) != 2:
         call = Call(
             x.reshape(-1, x.shape[-1]),

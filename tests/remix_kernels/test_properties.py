@@ -191,6 +191,7 @@ BAD: list[Any] = [
     2.5,
     -1,
     10**30,
+    10**400,
     float("nan"),
     torch.ones(()),
     torch.ones(2, 3, 4, 5),
