@@ -249,6 +249,8 @@ def test_anything_else_is_refused_or_right(mistake: tuple[Any, Arguments]) -> No
     except (ValueError, TypeError) as error:
         assert len(str(error)) > 10
         return
+    if actual.device.type == "meta":  # it has a shape and no numbers
+        return
     expected = op(**{**arguments, "backend": "reference"})
     assert actual.shape == expected.shape
     if actual.is_floating_point():
