@@ -286,6 +286,7 @@ def resolve_config(file: str | None, overrides: Mapping[str, Any]) -> RunConfig:
     if not config.resume or not is_run(folder):
         return config
     saved = read_yaml(folder / CONFIG_FILE)
+    saved.pop("trust_remote_code", None)  # a folder must not decide that code is run
     given = {**(read_yaml(file) if file else {}), **overrides}
     changed = [
         name

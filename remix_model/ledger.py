@@ -75,8 +75,9 @@ class Ledger:
         """
         if losses.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        totals = [losses.sum(), *(total.to(losses.device) for total in router_inputs.values())]
-        if bool(torch.isfinite(torch.stack(totals).sum())):
+        totals = [losses.sum(), *router_inputs.values()]
+        together = torch.stack([total.to(losses.device, torch.float32) for total in totals])
+        if bool(torch.isfinite(together.sum())):
             return
         bad = (~torch.isfinite(losses).all(-1)).nonzero().tolist()
         first = next((n for n, total in router_inputs.items() if not torch.isfinite(total)), None)

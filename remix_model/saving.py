@@ -177,7 +177,9 @@ def rotate(run: Path, limit: int | None, kept: set[Path]) -> None:
     if not limit or limit < 0:
         return
     found = [path for path in run.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    old = sorted((path for path in found if path not in kept), key=lambda p: p.stat().st_mtime_ns)
+    safe = {path.resolve() for path in kept}
+    old = [path for path in found if path.resolve() not in safe]
+    old.sort(key=lambda path: path.stat().st_mtime_ns)
     for path in old[: max(len(found) - limit, 0)]:
         discard(path)
 
