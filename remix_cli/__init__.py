@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _exit_code(error: Exception) -> int | None:
     """Return the exit code of an error that its message explains, None for a defect of ours."""
-    if isinstance(error, FloatingPointError) or type(error).__name__ == "OutOfMemoryError":
+    failed = type(error).__name__ in ("OutOfMemoryError", "SavingError")
+    if isinstance(error, FloatingPointError) or failed:
         return 1
     return 2 if isinstance(error, ValueError | OSError | ImportError) else None
 

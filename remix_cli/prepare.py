@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import re
 import warnings
@@ -22,6 +21,7 @@ from remix_kernels._dispatch import resolve_backend
 from remix_model.data import Example, load_examples, split_examples
 from remix_model.models import load_config, load_model, load_tokenizer, resolve_device
 from remix_model.tokens import tokenize
+from remix_model.tuner.adapter_files import CONFIG_NAME, read_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -278,25 +278,13 @@ def adapter_folder(path: str) -> Path:
             f"{folder} holds no adapter_model.safetensors: adapter weights are read from "
             f"safetensors only"
         )
-    saved = _saved_config(folder)
+    saved = read_config(folder / CONFIG_NAME)
     if saved.get("peft_type") != "REMIX":
         raise ValueError(
             f"{folder / 'adapter_config.json'} describes an adapter of type "
             f"{saved.get('peft_type')!r}: this command needs a ReMix adapter"
         )
     return folder
-
-
-def _saved_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json."""
-    path = folder / "adapter_config.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} must hold an object, got {type(saved).__name__}")
-    return saved
 
 
 def adapter_config(folder: Path, overrides: Mapping[str, Any]) -> RunConfig:
@@ -308,9 +296,10 @@ def adapter_config(folder: Path, overrides: Mapping[str, Any]) -> RunConfig:
     for place in (folder, folder.parent):  # a run's folder, or a checkpoint in it
         if is_run(place):
             base = read_yaml(place / CONFIG_FILE)
+            base.pop("trust_remote_code", None)  # a folder must not decide that code is run
             break
     if not base and "model" not in overrides:
-        name = _saved_config(folder).get("base_model_name_or_path")
+        name = read_config(folder / CONFIG_NAME).get("base_model_name_or_path")
         if not name:
             raise ValueError(f"{folder} does not say what its base model is: give --model")
         base = {"model": name}

@@ -28,6 +28,7 @@ from remix_cli.config import (
     write_text,
     write_yaml,
 )
+from remix_model.saving import PARTIAL, PARTIAL_FILES, REMOVED
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
@@ -50,6 +51,9 @@ _RUN_FILES = (
 )
 _REPLACED = ".replaced-run"  # waits here until the run that replaces it has done a step
 _REMOVED = ".removed-run"  # and is removed here: half a run must never be brought back
+# What a killed run leaves half-written or half-removed.
+_LEFTOVERS = (_REMOVED, PARTIAL, PARTIAL_FILES, REMOVED)
+_LEFT_FILES = re.compile(rf"\.({re.escape(CONFIG_FILE)}|{re.escape(METRICS_FILE)})\.\d+")
 # What training must find in a checkpoint to go on as if it had never stopped.
 _CHECKPOINT_FILES = (
     "adapter_model.safetensors",
@@ -94,6 +98,11 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> None:
                 f"{path} is named like a checkpoint and is none: move it away, or choose another "
                 f"output_dir"
             )
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(
+            f"output_dir {folder} cannot be written: {existing} is not a folder of yours"
+        )
     if resume:
         if is_run(replaced):
             raise ValueError(killed)
@@ -105,12 +114,7 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> None:
                 f"start it again with --overwrite"
             )
         return
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(
-            f"output_dir {folder} cannot be written: {existing} is not a folder of yours"
-        )
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or set(folder.iterdir()) <= set(_leftovers(folder)):
         return
     if is_run(replaced) and not overwrite:
         raise ValueError(killed)
@@ -152,7 +156,7 @@ class RunStart:
     def begin(self, config: RunConfig) -> None:
         """Put the run that is in the folder aside and write the new one's configuration."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self._folder / _REMOVED, ignore_errors=True)
+        remove_leftovers(self._folder)
         if is_run(self._folder) and not is_run(self._old):
             self._old.mkdir(exist_ok=True)
             for path in _run_paths(self._folder):
@@ -174,6 +178,7 @@ class RunStart:
             return
         if self._holds_new:
             _remove(self._folder)
+            remove_leftovers(self._folder)
         for path in reversed(_run_paths(self._old)):
             path.rename(self._folder / path.name)
         for path in (self._old, *self._made):
@@ -191,6 +196,23 @@ def _remove(folder: Path) -> None:
     """Remove what a run wrote; whatever else is in the folder stays."""
     for path in _run_paths(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run was writing, or removing, when it was killed."""
+    for path in _leftovers(folder):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in folder.glob(".*")
+        if path.name in _LEFTOVERS or _LEFT_FILES.fullmatch(path.name)
+    ]
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -264,6 +286,7 @@ def resolve_config(file: str | None, overrides: Mapping[str, Any]) -> RunConfig:
     if not config.resume or not is_run(folder):
         return config
     saved = read_yaml(folder / CONFIG_FILE)
+    saved.pop("trust_remote_code", None)  # a folder must not decide that code is run
     given = {**(read_yaml(file) if file else {}), **overrides}
     changed = [
         name

@@ -28,11 +28,13 @@ from remix_cli.run_folder import (
     METRICS_FILE,
     RunStart,
     last_checkpoint,
+    remove_leftovers,
     resolve_config,
     write_json,
 )
 from remix_model import ReMixTrainer, record_routing
 from remix_model.data import Example
+from remix_model.errors import SavingError
 from remix_model.tokens import DataCollator, prompt_ids
 
 
@@ -57,7 +59,9 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
         continued = partial(write_yaml, config, folder / CONFIG_FILE)
         callbacks.append(_FirstStep(continued if config.resume else start.commit))
     try:
-        if is_main and not config.resume:
+        if is_main and config.resume:
+            remove_leftovers(folder)
+        elif is_main:
             start.begin(config)
         trainer = ReMixTrainer(
             model=model,
@@ -175,13 +179,15 @@ def _train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if progress.steps > 0 or _reported_steps(folder) != trainer.state.global_step:
             trainer.save_model(str(folder))  # which looks whether the weights are numbers
-    except (FloatingPointError, KeyboardInterrupt) as error:
+    except (FloatingPointError, KeyboardInterrupt, SavingError) as error:
         left = last_checkpoint(folder)
         kept = f"the last good checkpoint is {left}" if left else "no checkpoint was saved yet"
+        go_on = "; --resume continues from it" if left else ""
         if isinstance(error, KeyboardInterrupt):
-            go_on = "; --resume continues from it" if left else ""
             console.print(f"stopped at step {trainer.state.global_step}; {kept}{go_on}")
             raise
+        if isinstance(error, SavingError):
+            raise SavingError(f"training stopped: {error}; {kept}{go_on}") from error
         raise FloatingPointError(f"training stopped: {error}; {kept}") from error
     finally:
         progress.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 from torch import Tensor
 
 _MAX_OFFSET = 2**63 - 2**48  # rows are counted in int64
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PAIRWISE_UP_TO = 8  # k: comparing all pairs is one pass, and k times the index; sorting is slower
 
 
@@ -22,8 +24,7 @@ def check_routed(
     for name, tensor in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}; it must be floating point")
+        _check_numbers(name, tensor)
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them")
     if x.dim() < 1 or lora_A.dim() != 3 or lora_B.dim() != 3:
@@ -48,20 +49,20 @@ def check_routed(
             f"{[*x.shape[:-1], k]}, or {['M', *x.shape[:-1], k]} for M selections of the same x"
         )
     if isinstance(top_k_weights, Tensor):
+        _check_numbers("top_k_weights", top_k_weights)
         if top_k_weights.shape != top_k_index.shape:
             raise ValueError(
                 f"top_k_weights is {list(top_k_weights.shape)}; it must be a number or shaped like "
                 f"top_k_index, {list(top_k_index.shape)}"
             )
-        if not top_k_weights.is_floating_point() or top_k_weights.device != x.device:
-            raise ValueError(
-                f"top_k_weights is {_describe(top_k_weights)}; it must be floating point on "
-                f"{x.device}"
-            )
+        if top_k_weights.device != x.device:
+            raise ValueError(f"top_k_weights is on {top_k_weights.device} and x on {x.device}")
     elif not isinstance(top_k_weights, (int, float)):
         raise TypeError(
             f"top_k_weights must be a tensor or a number, got {type(top_k_weights).__name__}"
         )
+    elif isinstance(top_k_weights, int) and abs(top_k_weights) > sys.float_info.max:
+        raise ValueError("top_k_weights is an integer beyond the largest float")
     return torch.Size((*lead, out))
 
 
@@ -84,8 +85,18 @@ def _check_tensor(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) 
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them")
-    if tensor.shape != shape or not tensor.is_floating_point():
-        raise ValueError(f"{name} is {_describe(tensor)}; it must be {list(shape)}, floating point")
+    _check_numbers(name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(f"{name} is {_describe(tensor)}; it must be {list(shape)}")
+
+
+def _check_numbers(name: str, tensor: Tensor) -> None:
+    """Raise unless a tensor is dense, of a dtype that the ops compute in."""
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+        raise ValueError(
+            f"{name} is {tensor.dtype} ({tensor.layout}); it must be a dense floating point tensor "
+            "of fp64, fp32, fp16 or bf16"
+        )
 
 
 def check_top_k_index(index: Tensor, n: int, device: torch.device) -> None:
@@ -94,6 +105,8 @@ def check_top_k_index(index: Tensor, n: int, device: torch.device) -> None:
         raise TypeError(f"top_k_index must be a tensor, got {type(index).__name__}")
     if index.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
         raise ValueError(f"top_k_index is {index.dtype}; it must be an integer tensor")
+    if index.layout != torch.strided:
+        raise ValueError(f"top_k_index is {index.layout}; it must be a dense tensor")
     if index.device != device:
         raise ValueError(f"top_k_index is on {index.device}, the other inputs on {device}")
     if index.dim() < 1 or not 1 <= index.shape[-1] <= n:
@@ -102,7 +115,7 @@ def check_top_k_index(index: Tensor, n: int, device: torch.device) -> None:
         )
     if torch.compiler.is_compiling() or index.numel() == 0:
         return
-    if index.device.type != "cpu" and os.environ.get("REMIX_STRICT") != "1":
+    if not _may_look_at(index):
         return
     low, high = (int(v) for v in index.aminmax())
     if low < 0 or high >= n:
@@ -136,10 +149,41 @@ def check_logits(logits: Tensor) -> None:
     """Raise unless logits is floating point [..., n]."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
-    if not logits.is_floating_point() or logits.dim() < 1 or logits.shape[-1] < 1:
+    if logits.dtype not in _DTYPES or logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(
             f"logits is {_describe(logits)}; it must be floating point [..., n], n >= 1"
         )
+    _check_numbers("logits", logits)
+
+
+def check_drawn_from(logits: Tensor, k: int) -> None:
+    """Raise unless k experts can be drawn: no nan and no inf, where looking costs no sync.
+
+    Args:
+        logits: [..., n].
+        k: Experts to draw.
+    """
+    n = logits.shape[-1]
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k must be an integer, got {type(k).__name__} {k!r}")
+    if not 1 <= k <= n:
+        raise ValueError(f"k={k} is out of range: choose 1 <= k <= n = {n}, the experts in logits")
+    if torch.compiler.is_compiling() or logits.numel() == 0 or not _may_look_at(logits):
+        return
+    right = logits < float("inf")
+    if not bool(right.all()):
+        row = int((~right).reshape(-1, n).any(1).nonzero()[0])
+        raise ValueError(
+            f"logits in row {row} are {logits.reshape(-1, n)[row].tolist()}, which are not all "
+            "numbers: nothing can be drawn from them"
+        )
+
+
+def _may_look_at(tensor: Tensor) -> bool:
+    """Whether reading it waits for nothing, or REMIX_STRICT=1 wants it read all the same."""
+    if tensor.device.type == "meta":
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("REMIX_STRICT") == "1"
 
 
 def _describe(tensor: Tensor) -> str:

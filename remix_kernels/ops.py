@@ -11,6 +11,7 @@ from torch import Tensor
 from remix_kernels import reference
 from remix_kernels._checks import (
     check_base,
+    check_drawn_from,
     check_frozen,
     check_logits,
     check_routed,
@@ -191,7 +192,13 @@ def routed_linear(
 
 
 def sample_top_k(
-    logits: Tensor, k: int, *, seed: int, offset: int = 0, backend: str = "auto"
+    logits: Tensor,
+    k: int,
+    *,
+    seed: int,
+    offset: int = 0,
+    backend: str = "auto",
+    check: bool = True,
 ) -> Tensor:
     """Draw k distinct experts a row from softmax(logits), without replacement, in order.
 
@@ -206,21 +213,24 @@ def sample_top_k(
         seed: 64-bit integer. Give every module and every step its own: equal seeds are equal noise.
         offset: Counter of the first row, >= 0.
         backend: As in `routed_lora`.
+        check: False skips looking at logits and k. (On CUDA, looking for nan takes a
+            synchronisation, so that is only done under REMIX_STRICT=1.)
 
     Returns:
         int32 [..., k], first draw first. No gradient.
 
     Raises:
         ValueError: k or offset is out of range, or logits is not a floating-point tensor with
-            experts.
+            experts, or holds nan or inf. (-inf rules an expert out.)
+        TypeError: logits is not a tensor, or k, seed or offset not an integer.
 
     Source: ReMix (arXiv 2603.10160) section 3.2; Gumbel top-k, Kool et al. 2019, arXiv 1903.06059.
     """
-    check_logits(logits)
+    if check:
+        check_logits(logits)
+        check_drawn_from(logits, k)
+        check_seed(seed, offset)
     n = logits.shape[-1]
-    if not 1 <= k <= n:
-        raise ValueError(f"k={k} is out of range: choose 1 <= k <= n = {n}, the experts in logits")
-    check_seed(seed, offset)
     name = resolve_backend(backend, logits)
     if name == "reference":
         return reference.sample_top_k_ref(logits, k, seed=seed, offset=offset)
@@ -297,6 +307,9 @@ def _run(call: Call, backend: str, strategy: str) -> Tensor:
     x, lora_B, k = call.x, call.lora_B, call.top_k_index.shape[-1]
     shape = (*call.top_k_index.shape[:-1], lora_B.shape[1])
     weights, base = call.top_k_weights, call.base
+    if type(weights) is int:  # which may be larger than what torch takes for one
+        call = call._replace(top_k_weights=float(weights))
+        weights = call.top_k_weights
     if x.dim() != 2 or len(shape) != 2:
         call = Call(
             x.reshape(-1, x.shape[-1]),

@@ -134,6 +134,6 @@ def selection_log_prob_ref(
                 left.remove(expert)
             totals.append(total)
         result.append(torch.logsumexp(torch.stack(totals), 0))
-    if not result:
-        return logits.new_zeros(top_k_index.shape[:-1])
+    if not result:  # still attached to the logits
+        return logits.sum() + logits.new_zeros(top_k_index.shape[:-1])
     return torch.stack(result).reshape(top_k_index.shape[:-1])

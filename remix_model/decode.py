@@ -8,6 +8,7 @@ is enough, the likeliest to fail first, and reads the chosen experts in place.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,10 @@ def decode_row(x: Tensor, base: nn.Linear, pool: Pool, training: bool) -> Tensor
     site.note_top_k(training)
     y = nn.functional.linear(x, weight, base._parameters["bias"])
     row, out, scaling = x.view(-1), y.view(-1), pool.scaling
-    for i in router.mv(row).topk(site.top_k).indices.tolist():
+    largest, index = router.mv(row).topk(site.top_k)
+    if not math.isfinite(sum(largest.tolist())):
+        site.check_chosen(largest)
+    for i in index.tolist():
         out.addmv_(lora_B[i], lora_A[i].mv(row), alpha=scaling)
     return y
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def check_pool(
             raise ValueError(f"{name}={value!r} must be an integer")
     for name, value in (*scale.items(), ("lora_dropout", lora_dropout)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not number or not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name}={value!r} must be a finite number")
         if name in ("lora_alpha", "router_temperature") and value <= 0:
             raise ValueError(f"{name}={value}; it must be positive")

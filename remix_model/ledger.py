@@ -75,15 +75,20 @@ class Ledger:
         """
         if losses.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        if bool(torch.isfinite(losses.sum())):
+        totals = [losses.sum(), *router_inputs.values()]
+        together = torch.stack([total.to(losses.device, torch.float32) for total in totals])
+        if bool(torch.isfinite(together.sum())):
             return
-        m, b = (~torch.isfinite(losses).all(-1)).nonzero()[0].tolist()
+        bad = (~torch.isfinite(losses).all(-1)).nonzero().tolist()
         first = next((n for n, total in router_inputs.items() if not torch.isfinite(total)), None)
         where = (
             f"the first layer whose router saw numbers that are not finite is {first}"
             if first
             else "all routers saw finite numbers, so look at the layers after the last of them"
         )
+        if not bad:
+            raise NonFiniteError(f"the losses are finite and the routers' logits are not: {where}")
+        m, b = bad[0]
         raise NonFiniteError(
             f"the loss of input {b} under selection {part.first + m} is "
             f"{float(losses[m, b].sum())}, and with it every advantage; {where}"

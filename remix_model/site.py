@@ -8,6 +8,8 @@ asks its own site `select(x, ...)` for the experts of each row and passes its ou
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from remix_kernels import RoutedShape, sample_top_k
 from remix_kernels._routed import cast, no_autocast
 from remix_model.delivery import DeliverRouterGradient, in_backward
+from remix_model.errors import NonFiniteError
 from remix_model.forced import spread_forced
 from remix_model.granularity import SequencePass, pool, spread_over
 
@@ -299,7 +302,30 @@ class RoutingSite:
         return spread_forced(self.name or "this layer", forced, shape, folded)
 
     def _top_k(self, logits: Tensor) -> Tensor:
-        return logits.topk(self.top_k, dim=-1).indices
+        largest, index = logits.topk(self.top_k, dim=-1)
+        self.check_chosen(largest)
+        return index
+
+    def check_chosen(self, largest: Tensor) -> None:
+        """Refuse to route by logits that are no numbers: experts chosen by nan mean nothing.
+
+        Looked at on a processor, where it costs no synchronisation; elsewhere under REMIX_STRICT=1.
+
+        Args:
+            largest: [..., k], the chosen logits; nan counts as the largest of all.
+
+        Raises:
+            NonFiniteError: One is nan.
+        """
+        if torch.compiler.is_compiling() or largest.numel() == 0:
+            return
+        if largest.device.type != "cpu" and os.environ.get("REMIX_STRICT") != "1":
+            return
+        if not math.isfinite(largest.sum()):
+            raise NonFiniteError(
+                f"the router of {self.name or 'a layer'} made logits that are not finite: look at "
+                "the layer's input, or at the router's weights"
+            )
 
     def _draw(self, logits: Tensor, state: RoutingState) -> Tensor:
         """While sampling: the forced experts, else a draw from this module's own stream.
@@ -315,7 +341,8 @@ class RoutingSite:
         call = len(state.selections.get(self.stream, ()))
         seed = mix_seed(state.seed, self.stream, call)
         offset = folded.first_sequence * decisions
-        index = sample_top_k(logits, self.top_k, seed=seed, offset=offset)
+        # Not looked at here: the losses' check says in which layer numbers stopped being finite.
+        index = sample_top_k(logits, self.top_k, seed=seed, offset=offset, check=False)
         if folded.sampled is not None and not self.per_sequence:
             drawn = folded.sampled.to(logits.device).view(*lead, 1)
             index = torch.where(drawn, index, self._choose(logits).to(index.dtype))

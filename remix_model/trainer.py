@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +13,16 @@ from transformers import Trainer
 from remix_model.credit import leave_one_out
 from remix_model.errors import NonFiniteError
 from remix_model.losses import token_losses
+from remix_model.nonfinite import watch_outputs
 from remix_model.routing import sample_routing
+from remix_model.saving import WholeSaves
 from remix_model.site import find_sites, mix_seed
 from remix_model.state import RoutingState
 from remix_model.stats import RoutingRecorder
 from remix_model.training_args import ReMixArguments, ReMixTrainingArguments
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class ReMixTrainerMixin(_Base):
+class ReMixTrainerMixin(WholeSaves):
     """What every ReMix trainer does differently from its parent, to be mixed in before it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -117,21 +115,34 @@ class ReMixTrainerMixin(_Base):
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """The parent's, and stop on a loss that is not finite.
 
         Raises:
-            NonFiniteError: The loss is nan or infinite. The optimizer has not stepped; checkpoints
-                are intact.
+            NonFiniteError: The loss is nan or infinite; the message names the step and, with one
+                process, the first module whose output is not finite. The optimizer has not stepped;
+                checkpoints are intact.
         """
         try:
-            return super().training_step(*args, **kwargs)
+            return super().training_step(model, inputs, *args, **kwargs)
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"{error} (step {self.state.global_step + 1}, micro-step {self._micro_step[1]}); "
-                "nothing was updated. Lower learning_rate or max_grad_norm, or look at that "
-                "batch's data"
+                f"{error} (step {self.state.global_step + 1}, micro-step {self._micro_step[1]}"
+                f"{self._where_it_began(model, inputs)}); nothing was updated. Lower learning_rate "
+                "or max_grad_norm, or look at that batch's data"
             ) from None
+
+    def _where_it_began(self, model: nn.Module, inputs: dict[str, Any]) -> str:
+        """Repeat the step's forward passes to find the module where numbers stop being finite."""
+        if self.accelerator.num_processes > 1:  # the others would have to join in
+            return ""
+        step, micro = self._micro_step
+        self._micro_step = (step, micro - 1)  # the same draws again
+        with watch_outputs(self._module()) as found, suppress(NonFiniteError):
+            self.compute_loss(model, self._prepare_inputs(inputs))
+        return f"; {found[0]}" if found else ""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The parent's, with the routers in a group of their own: own rate, no weight decay."""

@@ -20,6 +20,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# HYPOTHESIS_PROFILE=thorough: thousands of random cases instead of a few.
+settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=3000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,6 +10,7 @@ from peft.config import PeftConfig
 
 from remix_kernels import BACKENDS, STRATEGIES
 from remix_model.layer import GRANULARITIES, check_pool
+from remix_model.tuner.fields import check_fields
 
 PEFT_TYPE = "REMIX"
 ROUTER_TYPES = ("remix",)
@@ -127,6 +128,8 @@ class ReMixConfig(PeftConfig):
         from peft.utils.peft_types import PeftType
 
         self.peft_type = PeftType[PEFT_TYPE]
+        for name in ("target_modules", "exclude_modules"):
+            _check_names(name, getattr(self, name))
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -151,8 +154,7 @@ class ReMixConfig(PeftConfig):
             lora_dropout=self.lora_dropout,
             flags=flags,
         )
-        for name in ("target_modules", "exclude_modules"):
-            _check_names(name, getattr(self, name))
+        check_fields(self)
         for name, known in (
             ("router_type", ROUTER_TYPES),
             ("routing_granularity", GRANULARITIES),

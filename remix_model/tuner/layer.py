@@ -23,6 +23,7 @@ from remix_model.layer import Pool, empty_b, init_pool, routing_scaling
 from remix_model.sharing import FollowingSite, SharedSelection
 from remix_model.site import RoutedModule, RoutingSite
 from remix_model.tuner.config import ReMixConfig, ReMixRuntimeConfig
+from remix_model.tuner.loading import check_stored
 
 CANNOT_MERGE = (
     "a ReMix adapter cannot be merged: which LoRAs apply depends on each token, so no single "
@@ -65,6 +66,7 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
     def update_layer(self, adapter_name: str, config: ReMixConfig) -> None:
         """Add the adapter `adapter_name`, or replace it."""
         n, r = config.num_experts, config.r
+        check_stored(config, (n, r, self.in_features), (n, self.out_features, r))
         self.r[adapter_name], self.num_experts[adapter_name] = r, n
         self.top_k[adapter_name] = config.top_k
         self.scaling[adapter_name] = routing_scaling(

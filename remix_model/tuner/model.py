@@ -16,6 +16,7 @@ from remix_model.granularity import SequencePass
 from remix_model.site import RoutingSite
 from remix_model.tuner.config import ReMixConfig
 from remix_model.tuner.layer import CANNOT_MERGE, MIXED_BATCH, ReMixLayer, linear_features
+from remix_model.tuner.loading import refuse_strays
 
 _GATED = ["gate_proj", "up_proj", "down_proj"]
 _TWO = ["fc1", "fc2"]
@@ -134,10 +135,11 @@ class ReMixModel(BaseTuner):
         if sequence_pass is None and config.routing_granularity == "sequence":
             sequence_pass = SequencePass()
             sequence_pass.watch(model)
-        for layer in layers.values():
+        for name, layer in layers.items():
             layer.sequence_pass = sequence_pass
             for site in layer.sites.values():
                 if isinstance(site, RoutingSite):
+                    site.name = site.name or name
                     site.warned = warned
                     site.sequence_pass = sequence_pass if site.per_sequence else None
 
@@ -181,6 +183,8 @@ class ReMixModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+        refuse_strays(model, remapped, (f".{cls.prefix}", *biases))
         _check_loaded(model, config, remapped, cls.prefix, adapter_name)
         return remapped
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from remix_cli import main
+from tests.damage import DAMAGES, canary
 from tests.remix_cli.helpers import cut, fails, make_model
 
 COMMANDS = [["eval"], ["generate", "--prompt", "a"]]
@@ -69,9 +73,7 @@ def test_other_base_model_is_named(
 ) -> None:
     other = make_model(tmp_path / "other", hidden_size=16)
     argv = ["generate", "--adapter", str(workspace / "run"), "--prompt", "a"]
-    with pytest.warns(UserWarning, match="trained on"):
-        code = main([*argv, "--model", str(other)])
-    assert "trained for base model" in fails(capsys, code)
+    assert "trained for base model" in fails(capsys, main([*argv, "--model", str(other)]))
 
 
 @pytest.mark.filterwarnings("ignore:the adapter was trained on")
@@ -83,3 +85,37 @@ def test_base_model_that_does_not_know_the_tokens_is_named(
     other = make_model(tmp_path / "other", vocab_size=20)
     argv = [*command, "--adapter", str(workspace / "run"), "--model", str(other)]
     assert "knows 20 tokens: they do not belong together" in fails(capsys, main(argv))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(DAMAGES)[::6])
+def test_damaged_adapters_are_refused_in_a_sentence(
+    finished: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """`tests/remix_model/test_damaged_adapters.py` has all the damages, by other doors."""
+    DAMAGES[name](finished, random.Random(name))
+    command = COMMANDS[len(name) % 2]
+    assert str(finished) in fails(capsys, main([*command, "--adapter", str(finished)]))
+    assert not canary(finished).exists()
+
+
+def test_a_folder_does_not_decide_that_its_code_is_run(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither an adapter's run configuration nor its base model: only the flag does."""
+    model = make_model(finished / "model")
+    (model / "evil.py").write_text(f"open({str(finished / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((model / "config.json").read_text())
+    code = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    (model / "config.json").write_text(
+        json.dumps({**config, "model_type": "evil", "auto_map": code})
+    )
+    path = finished / "config.yaml"
+    lines = path.read_text().replace("trust_remote_code: false", "trust_remote_code: true")
+    path.write_text(re.sub("^model:.*", f"model: {model}", lines, flags=re.M))
+    for command in COMMANDS:
+        fails(capsys, main([*command, "--adapter", str(finished)]))
+        assert not (finished / "ran").exists()
+    with suppress(Exception):  # no model comes out of it
+        main([*COMMANDS[1], "--adapter", str(finished), "--trust-remote-code"])
+    assert (finished / "ran").exists(), "the trap must be one"

@@ -12,7 +12,7 @@ import pytest
 
 from remix_cli import run_folder
 from remix_cli.config import CONFIG_HEADER, RunConfig, build_config
-from remix_cli.run_folder import RunStart, write_json
+from remix_cli.run_folder import RunStart, resolve_config, write_json
 from tests.remix_cli.helpers import contents, fails, run
 
 Break = Callable[[BaseException], None]
@@ -299,6 +299,14 @@ def test_nothing_to_resume(
     (tmp_path / "config.yaml").write_text(CONFIG_HEADER)
     (tmp_path / "checkpoint-4").mkdir()  # cut short: without its last file
     assert "before its first checkpoint" in fails(capsys, run(workspace, "train", *out))
+
+
+def test_a_resumed_run_is_told_again_that_code_may_be_run(finished: Path) -> None:
+    path = finished / "config.yaml"
+    path.write_text(path.read_text().replace("remote_code: false", "remote_code: true"))
+    resumed = {"output_dir": str(finished), "resume": True}
+    assert not resolve_config(None, resumed).trust_remote_code
+    assert resolve_config(None, {**resumed, "trust_remote_code": True}).trust_remote_code
 
 
 def test_json_is_whole_or_not_written(tmp_path: Path) -> None:

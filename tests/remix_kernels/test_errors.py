@@ -129,7 +129,7 @@ BASE = {
 FROZEN = {
     "weight-none": ({"weight": None}, "weight must be a tensor, got NoneType"),
     "weight-shape": ({"weight": ones(IN, OUT)}, "weight is [10, 12] ... [12, 10]"),
-    "weight-int": ({"weight": whole(OUT, IN)}, "weight is ... int64 ... [12, 10], floating point"),
+    "weight-int": ({"weight": whole(OUT, IN)}, "weight is ... int64 ... floating point"),
     "weight-meta": ({"weight": meta(OUT, IN)}, "weight is on meta ... x on cpu ... move one"),
     "bias-list": ({"bias": [1.0]}, "bias must be a tensor, got list"),
     "bias-shape": ({"bias": ones(IN)}, "bias is [10] ... [12]"),

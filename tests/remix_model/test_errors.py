@@ -79,7 +79,7 @@ def test_sizes(options, message):
         ({"runtime_config": {"backend": "cuda"}}, r"backend='cuda' is unknown.*torch"),
         ({"runtime_config": {"strategy": "fast"}}, r"strategy='fast' is unknown.*grouped"),
         ({"target_modules": 3}, r"target_modules=3 must be a list of names or a regular expr"),
-        ({"target_modules": [3]}, r"target_modules=\{3\} must be a list of names"),
+        ({"target_modules": [3]}, r"target_modules=\[3\] must be a list of names"),
         ({"exclude_modules": 3}, r"exclude_modules=3 must be a list of names"),
         ({"target_modules": "("}, r"target_modules='\(' is not a regular expression.*give a list"),
         ({"layers_pattern": "layers"}, r"layers_pattern='layers'.*layers_to_transform"),

@@ -1,0 +1,54 @@
+"""Where numbers stop being finite: the first module of a pass whose output is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+@contextmanager
+def watch_outputs(model: nn.Module) -> Iterator[list[str]]:
+    """Look at what every module returns, for as long as the context is open.
+
+    Looking waits for the device after every module: for a pass that is repeated to find out.
+
+    Args:
+        model: Its modules are watched.
+
+    Yields:
+        Sentences about the modules with outputs that are not finite, in the order in which they
+        returned: the first one is where it began.
+    """
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not all(map(_is_finite, tree_leaves(output))):
+                found.append(_describe(name, module))
+
+        return hook
+
+    named = [(name, module) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(look(name)) for name, module in named]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_finite(value: Any) -> bool:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return True
+    return bool(torch.isfinite(value).all())
+
+
+def _describe(name: str, module: nn.Module) -> str:
+    weights = [key for key, value in module.named_parameters(name) if not _is_finite(value)]
+    cause = f", and so are numbers in {weights[0]}" if weights else ""
+    return f"the first module whose output is not finite is {name} ({type(module).__name__}){cause}"

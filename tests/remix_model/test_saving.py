@@ -1,0 +1,140 @@
+"""Saves that are whole or not there: the folder's part, without a training run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from remix_model import saving
+from remix_model.errors import SavingError
+
+
+def make(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_text(name)
+    return folder
+
+
+def checkpoint(run: Path, step: int, age: int = 0) -> Path:
+    path = make(run / f"checkpoint-{step}", "trainer_state.json")
+    os.utime(path, (10**9 - age, 10**9 - age))
+    return path
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_publish_replaces_what_is_there(tmp_path: Path) -> None:
+    make(tmp_path / "checkpoint-4", "old")
+    make(tmp_path / ".partial" / "checkpoint-4", "new")
+    saving.publish(tmp_path / ".partial" / "checkpoint-4", tmp_path / "checkpoint-4")
+    assert names(tmp_path / "checkpoint-4") == {"new"}
+    assert names(tmp_path) == {".partial", "checkpoint-4"}
+
+
+def test_publish_finds_that_another_machine_has_done_it(tmp_path: Path) -> None:
+    make(tmp_path / "checkpoint-4", "new")
+    saving.publish(tmp_path / ".partial" / "checkpoint-4", tmp_path / "checkpoint-4")
+    assert names(tmp_path / "checkpoint-4") == {"new"}
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / ".partial" / "checkpoint-4", "a", "b")
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(self: Path, target: Path) -> Path:
+        events.append(f"-> {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    saving.publish(tmp_path / ".partial" / "checkpoint-4", tmp_path / "checkpoint-4")
+    assert events == ["a", "b", "checkpoint-4", "-> checkpoint-4", tmp_path.name]
+
+
+def test_replaced_files_leave_the_others_alone(tmp_path: Path) -> None:
+    place = make(tmp_path / "run", "adapter_config.json", "mine.txt")
+    make(place / "second", "old")
+    partial = make(place / saving.PARTIAL_FILES, "adapter_config.json", "new.safetensors")
+    make(partial / "second", "new")
+    saving.replace_files(partial, place)
+    assert names(place / "second") == {"new"}
+    assert names(place) == {
+        "adapter_config.json",
+        "mine.txt",
+        "new.safetensors",
+        "second",
+        saving.PARTIAL_FILES,
+    }
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    """A damaged checkpoint of a later step, from which nobody could resume, is older."""
+    best, old, late, new = (
+        checkpoint(tmp_path, step, age) for step, age in ((2, 9), (4, 8), (9, 7), (6, 0))
+    )
+    make(tmp_path / "checkpoint-mine", "notes.txt")
+    saving.rotate(tmp_path, 2, {best, new})
+    assert names(tmp_path) == {best.name, new.name, "checkpoint-mine"}
+    assert not old.exists()
+    assert not late.exists()
+
+
+@pytest.mark.parametrize("limit", [None, 0, 3])
+def test_rotation_keeps_all_that_may_be_kept(tmp_path: Path, limit: int | None) -> None:
+    kept = [checkpoint(tmp_path, step) for step in (1, 2, 3)]
+    saving.rotate(tmp_path, limit, {kept[-1]})
+    assert all(path.exists() for path in kept)
+
+
+def test_a_checkpoint_is_hidden_before_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it removes: what is left is not taken for a checkpoint."""
+    checkpoint(tmp_path, 2)
+    monkeypatch.setattr(saving, "_remove", lambda folder: None)
+    saving.discard(tmp_path / "checkpoint-2")
+    assert names(tmp_path) == {saving.REMOVED}
+
+
+def test_errors_say_what_and_why(tmp_path: Path) -> None:
+    with (
+        pytest.raises(SavingError, match=r"x could not be saved: disk full .* MiB are free"),
+        saving.saving(tmp_path / "not" / "yet" / "x"),
+    ):
+        raise RuntimeError("disk full\nand a stack trace")
+
+
+def test_the_best_checkpoint_is_known_by_its_last_name(make_trainer, tmp_path) -> None:
+    """Also when it is the one that is being saved."""
+    from tests.remix_model.trainer_helpers import examples
+
+    trainer = make_trainer(
+        evaluate=examples(),
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path / "run"
+    assert (best / "adapter_model.safetensors").is_file()
+    saved = (best / "trainer_state.json").read_text()
+    assert f'"best_model_checkpoint": "{best}"' in saved
+    assert not [name for name in names(tmp_path / "run") if name.startswith(".")]
