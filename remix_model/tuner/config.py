@@ -45,6 +45,8 @@ class ReMixConfig(PeftConfig):
 
     Args:
         r: Rank of each LoRA.
+        rank_pattern: Other ranks for some linears: {name or regular expression: rank}. The routing
+            weight follows the rank.
         num_experts: n, LoRAs in each layer's pool.
         top_k: k, LoRAs active for each token.
         lora_alpha: Numerator of the constant routing weight omega.
@@ -93,6 +95,9 @@ class ReMixConfig(PeftConfig):
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other ranks, by name of the linear."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Other modules to train and save in full."}
@@ -153,6 +158,7 @@ class ReMixConfig(PeftConfig):
         )
         for name in ("target_modules", "exclude_modules"):
             _check_names(name, getattr(self, name))
+        _check_ranks(self.rank_pattern)
         for name, known in (
             ("router_type", ROUTER_TYPES),
             ("routing_granularity", GRANULARITIES),
@@ -178,6 +184,16 @@ class ReMixConfig(PeftConfig):
         saved: dict[str, Any] = super().to_dict()
         saved.pop("runtime_config", None)
         return saved
+
+
+def _check_ranks(pattern: Any) -> None:
+    """Raise ValueError unless pattern is ranks by names or regular expressions."""
+    if not isinstance(pattern, dict):
+        raise ValueError(f"rank_pattern={pattern!r} must be a dict of ranks by names of linears")
+    for name, rank in pattern.items():
+        _check_names("rank_pattern", name)
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"rank_pattern[{name!r}]={rank!r}; a rank must be an integer above 0")
 
 
 def _check_names(option: str, value: Any) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from remix_model.granularity import SequencePass
 from remix_model.site import RoutingSite
 from remix_model.tuner.config import ReMixConfig
-from remix_model.tuner.layer import CANNOT_MERGE, MIXED_BATCH, ReMixLayer, linear_features
+from remix_model.tuner.layer import CANNOT_MERGE, ReMixLayer, linear_features
+from remix_model.tuner.mixed_batch import mixed_batch
 
 _GATED = ["gate_proj", "up_proj", "down_proj"]
 _TWO = ["fc1", "fc2"]
@@ -61,9 +64,9 @@ class ReMixModel(BaseTuner):
             and model_config.get("model_type") not in FEED_FORWARD_MODULES
         ):
             raise ValueError(
-                f"the feed-forward linears of model type {model_config.get('model_type')!r} are "
-                "not known; name them in target_modules, e.g. ['gate_proj', 'up_proj', "
-                "'down_proj']"
+                "Please specify `target_modules`, e.g. ['gate_proj', 'up_proj', 'down_proj']: the "
+                f"feed-forward linears of model type {model_config.get('model_type')!r} are not "
+                "known"
             )
         return super()._prepare_adapter_config(peft_config, model_config)
 
@@ -93,6 +96,7 @@ class ReMixModel(BaseTuner):
                 if getattr(config, name) is not None
             }
             raise NoMatchingPeftModuleError(f"{chosen} leaves nothing to adapt; {fix}") from error
+        self._connect(model, config, adapter_name)
 
     def _create_and_replace(
         self,
@@ -104,6 +108,10 @@ class ReMixModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        pattern = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
+        if pattern in peft_config.rank_pattern:
+            peft_config = copy(peft_config)
+            peft_config.r = peft_config.rank_pattern[pattern]
         if isinstance(target, ReMixLayer):
             target.update_layer(adapter_name, peft_config)
             return
@@ -115,7 +123,7 @@ class ReMixModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def _connect(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         """Let the layers share what belongs to a model, or to a block of it.
 
         That is the flag by which the warning about untrained routers comes once, what a pass tells
@@ -143,10 +151,10 @@ class ReMixModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT calls this around every forward pass: refuse what routed adapters cannot do."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(MIXED_BATCH)
-        yield
+        """PEFT calls this around every forward pass and generate()."""
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else mixed_batch(self.model, names, kwargs):
+            yield
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
@@ -204,6 +212,26 @@ def _linear_names(model: nn.Module) -> list[str]:
             continue
         names[name.rsplit(".", 1)[-1] if "base_layer" not in name else name.split(".")[-2]] = None
     return list(names)
+
+
+def replace_weights(
+    model: nn.Module, config: ReMixConfig, loaded: dict[str, torch.Tensor], adapter_name: str
+) -> None:
+    """Copy another adapter's weights, keys as in model.state_dict(), over those of `adapter_name`.
+
+    Raises:
+        ValueError: They do not fit, or are not all the adapter's own.
+    """
+    _check_loaded(model, config, loaded, ReMixModel.prefix, adapter_name)
+    others = [key for key in loaded if f".{ReMixModel.prefix}" not in key]
+    if others:
+        raise ValueError(
+            f"only routed adapters are exchanged in place, and this one holds {others[0]} too: use "
+            "load_adapter, under another name"
+        )
+    with torch.no_grad():
+        for key, tensor in loaded.items():
+            model.get_parameter(key).copy_(tensor)
 
 
 def _check_loaded(
