@@ -137,7 +137,9 @@ class SequencePass:
 
 
 @contextmanager
-def only_groups(sequence_pass: SequencePass | None, chosen: list[int], count: int) -> Iterator[None]:
+def only_groups(
+    sequence_pass: SequencePass | None, chosen: list[int], count: int
+) -> Iterator[None]:
     """Inside, layers see only these groups of the batch's rows, out of `count` equal ones."""
     if sequence_pass is not None:
         sequence_pass.groups = (tuple(chosen), count)

@@ -53,7 +53,9 @@ def mixed_batch(
         return args, {**kwargs, "adapter_names": given}
 
     with ExitStack() as hooks:
-        takers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        takers = [
+            module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
         for module in (*layers, *takers):
             hooks.callback(module.register_forward_pre_hook(give_names, with_kwargs=True).remove)
         hooks.callback(model.register_forward_pre_hook(check_size, with_kwargs=True).remove)

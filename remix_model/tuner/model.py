@@ -58,18 +58,6 @@ class ReMixModel(BaseTuner):
     tuner_layer_cls = ReMixLayer
     target_module_mapping = FEED_FORWARD_MODULES
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if (
-            peft_config.target_modules is None
-            and model_config.get("model_type") not in FEED_FORWARD_MODULES
-        ):
-            raise ValueError(
-                "Please specify `target_modules`, e.g. ['gate_proj', 'up_proj', 'down_proj']: the "
-                f"feed-forward linears of model type {model_config.get('model_type')!r} are not "
-                "known"
-            )
-        return super()._prepare_adapter_config(peft_config, model_config)
-
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -79,9 +67,17 @@ class ReMixModel(BaseTuner):
             ValueError: A name in target_modules is not in the model, or nothing is left to adapt.
         """
         config: Any = self.peft_config[adapter_name]
-        linears = _linear_names(model)
-        fix = f"the linears of {type(model).__name__} are named {', '.join(linears)}"
-        known = FEED_FORWARD_MODULES.get(self.get_model_config(model).get("model_type", ""), [])
+        fix = f"the linears of {type(model).__name__} are named {', '.join(_linear_names(model))}"
+        stacked = _stacked_names(model)
+        if stacked:
+            fix += f"; {', '.join(stacked)} hold all experts in one, which ReMix does not adapt"
+        model_type = self.get_model_config(model).get("model_type")
+        known = FEED_FORWARD_MODULES.get(model_type or "", [])
+        if config.target_modules is None and not known:
+            raise ValueError(
+                "Please specify `target_modules`: the feed-forward linears of model type "
+                f"{model_type!r} are not known; {fix}"
+            )
         if isinstance(config.target_modules, (set, list)):
             names = [name for name, _ in model.named_modules()]
             for target in sorted(set(config.target_modules) - set(known)):
@@ -96,6 +92,10 @@ class ReMixModel(BaseTuner):
                 if getattr(config, name) is not None
             }
             raise NoMatchingPeftModuleError(f"{chosen} leaves nothing to adapt; {fix}") from error
+        targets = config.target_modules if isinstance(config.target_modules, set) else ()
+        left = [name for name in stacked if name.rpartition(".")[2] in targets]
+        if left:
+            warnings.warn(f"{', '.join(left)} are left alone: {fix}", stacklevel=2)
         self._connect(model, config, adapter_name)
 
     def _create_and_replace(
@@ -212,6 +212,16 @@ def _linear_names(model: nn.Module) -> list[str]:
             continue
         names[name.rsplit(".", 1)[-1] if "base_layer" not in name else name.split(".")[-2]] = None
     return list(names)
+
+
+def _stacked_names(model: nn.Module) -> list[str]:
+    """The last two names of the parameters that hold the matrices of several experts."""
+    names = (
+        ".".join(name.split(".")[-2:])
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and ".experts." in name
+    )
+    return list(dict.fromkeys(names))
 
 
 def replace_weights(

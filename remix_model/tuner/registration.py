@@ -112,7 +112,12 @@ def _enable_hotswap() -> None:
 
     @functools.wraps(swap)
     def swap_weights(
-        model: Any, state_dict: dict[str, Any], adapter_name: str, config: Any, *args: Any, **kw: Any
+        model: Any,
+        state_dict: dict[str, Any],
+        adapter_name: str,
+        config: Any,
+        *args: Any,
+        **kw: Any,
     ) -> None:
         if isinstance(config, ReMixConfig):
             replace_weights(getattr(model, "_orig_mod", model), config, state_dict, adapter_name)
