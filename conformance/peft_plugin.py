@@ -16,21 +16,21 @@ from typing import Any
 
 import pytest
 
-from conformance.peft_cases import CASES, EXPECTED_FAILURES, PAIRS, save_models
+from conformance.peft_cases import CASES, EXPECTED_FAILURES, PAIRS, SMALL, TASKS, save_models
 from remix_model import ReMixConfig
 
 if find_spec("diffusers") is None:  # their helpers import it for tests of other methods
     sys.modules["diffusers"] = types.ModuleType("diffusers")
     vars(sys.modules["diffusers"])["StableDiffusionPipeline"] = type("Unused", (), {})
 
-_models: list[str] = []
+_models: dict[str, list[str]] = {}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the models that stand in for those from the hub."""
     folder = tempfile.TemporaryDirectory()
     config.add_cleanup(folder.cleanup)
-    _models[:] = save_models(folder.name)
+    _models.update(save_models(folder.name))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -39,13 +39,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marks = metafunc.definition.own_markers
     for position, mark in enumerate(marks):
         if mark.name == "parametrize":
-            values = _values(mark.args[0], metafunc.function.__name__)
+            file = metafunc.module.__name__.rpartition(".")[2]
+            values = _values(mark.args[0], file, metafunc.function.__name__)
             if values is not None:
                 marks[position] = pytest.mark.parametrize(mark.args[0], values).mark
 
 
-def _values(names: str, test: str) -> list[Any] | None:
-    return _models if names == "model_id" else PAIRS.get(test, CASES.get(names))
+def _values(names: str, file: str, test: str) -> list[Any] | None:
+    if names == "model_id":
+        return _models[file]
+    if names == "config_cls,config_kwargs":
+        return [(ReMixConfig, {"task_type": TASKS[file], **SMALL})]
+    return PAIRS.get(test, CASES.get(names))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -56,12 +61,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
     config.hook.pytest_deselected(items=others)
     for item in items:
         item.module.set_init_weights_false = _random_start
-    for pattern, reason in EXPECTED_FAILURES:
+    for pattern, error, reason in EXPECTED_FAILURES:
         matching = [item for item in items if fnmatch(item.name, pattern)]
         if not matching:
             raise pytest.UsageError(f"EXPECTED_FAILURES names {pattern!r}, which is no test")
         for item in matching:
-            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+            item.add_marker(pytest.mark.xfail(reason=reason, raises=error, strict=True))
 
 
 def _is_ours(item: pytest.Function) -> bool:

@@ -14,7 +14,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from conformance.peft_cases import FILES
+from conformance.peft_cases import TASKS
 from remix_model.models import cache_dir
 
 PACKAGE = "peft_tests"  # not "tests", which is ours
@@ -44,7 +44,7 @@ def fetch() -> Path:
 def main() -> None:
     """Exit with pytest's code."""
     folder = fetch()
-    files = [str(folder / name) for name in FILES]
+    files = [str(folder / f"{name}.py") for name in TASKS]
     plugins = ["-p", "conformance.peft_plugin", "-p", "no:cacheprovider"]
     options = ["-c", os.devnull, "--rootdir", str(folder.parent), "-q", "-rfEs"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -67,22 +67,11 @@ class ReMixModel(BaseTuner):
             ValueError: A name in target_modules is not in the model, or nothing is left to adapt.
         """
         config: Any = self.peft_config[adapter_name]
-        fix = f"the linears of {type(model).__name__} are named {', '.join(_linear_names(model))}"
         stacked = _stacked_names(model)
+        fix = f"the linears of {type(model).__name__} are named {', '.join(_linear_names(model))}"
         if stacked:
             fix += f"; {', '.join(stacked)} hold all experts in one, which ReMix does not adapt"
-        model_type = self.get_model_config(model).get("model_type")
-        known = FEED_FORWARD_MODULES.get(model_type or "", [])
-        if config.target_modules is None and not known:
-            raise ValueError(
-                "Please specify `target_modules`: the feed-forward linears of model type "
-                f"{model_type!r} are not known; {fix}"
-            )
-        if isinstance(config.target_modules, (set, list)):
-            names = [name for name, _ in model.named_modules()]
-            for target in sorted(set(config.target_modules) - set(known)):
-                if not any(name == target or name.endswith(f".{target}") for name in names):
-                    raise ValueError(f"target_modules names {target!r}, which is not there; {fix}")
+        self._check_targets(model, config, fix)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -97,6 +86,21 @@ class ReMixModel(BaseTuner):
         if left:
             warnings.warn(f"{', '.join(left)} are left alone: {fix}", stacklevel=2)
         self._connect(model, config, adapter_name)
+
+    def _check_targets(self, model: nn.Module, config: Any, fix: str) -> None:
+        """Raise ValueError when target_modules are neither given nor known, or not there."""
+        model_type = self.get_model_config(model).get("model_type")
+        known = FEED_FORWARD_MODULES.get(model_type or "", [])
+        if config.target_modules is None and not known:
+            raise ValueError(
+                "Please specify `target_modules`: the feed-forward linears of model type "
+                f"{model_type!r} are not known; {fix}"
+            )
+        if isinstance(config.target_modules, (set, list)):
+            names = [name for name, _ in model.named_modules()]
+            for target in sorted(set(config.target_modules) - set(known)):
+                if not any(name == target or name.endswith(f".{target}") for name in names):
+                    raise ValueError(f"target_modules names {target!r}, which is not there; {fix}")
 
     def _create_and_replace(
         self,

@@ -35,10 +35,11 @@ def collect(monkeypatch):
 def test_exceptions_have_to_fail_and_other_methods_are_left_out(collect):
     ours = [make_item("test_merge[a]", ReMixConfig), make_item("test_load[a]", ReMixConfig())]
     other = make_item("test_merge[b]", LoraConfig)
-    left, out = collect([("test_merge*", "why")], [*ours, other])
+    left, out = collect([("test_merge*", OSError, "why")], [*ours, other])
     assert (left, out) == (ours, [other])
     (mark,) = ours[0].marks
-    assert (mark.name, mark.kwargs) == ("xfail", {"reason": "why", "strict": True})
+    assert mark.name == "xfail"
+    assert mark.kwargs == {"reason": "why", "raises": OSError, "strict": True}
     assert not ours[1].marks
     assert (
         ours[0].module.set_init_weights_false(ReMixConfig, {"r": 2})["init_lora_weights"] is False
@@ -47,7 +48,7 @@ def test_exceptions_have_to_fail_and_other_methods_are_left_out(collect):
 
 def test_an_exception_for_no_test_is_an_error(collect):
     with pytest.raises(pytest.UsageError, match=r"'test_gone\*', which is no test"):
-        collect([("test_gone*", "why")], [make_item("test_load[a]", ReMixConfig)])
+        collect([("test_gone*", OSError, "why")], [make_item("test_load[a]", ReMixConfig)])
 
 
 def test_cases_stand_for_those_of_other_methods():
@@ -57,6 +58,8 @@ def test_cases_stand_for_those_of_other_methods():
     mark = pytest.mark.parametrize("config_cls", [LoraConfig]).mark
     untouched = pytest.mark.parametrize("dtype", [1, 2]).mark
     definition = SimpleNamespace(own_markers=[untouched, mark])
-    peft_plugin.pytest_generate_tests(SimpleNamespace(definition=definition, function=test_load))
+    peft_plugin.pytest_generate_tests(
+        SimpleNamespace(definition=definition, function=test_load, module=pytest)
+    )
     assert definition.own_markers[0] is untouched
     assert definition.own_markers[1].args == ("config_cls", [ReMixConfig])

@@ -147,6 +147,15 @@ def test_wrong_names(names, error, message, make_two, batch):
     assert [len(m._forward_pre_hooks) for m in model.modules()] == before
 
 
+def test_a_cache_is_of_its_adapters(make_two, batch):
+    """Routed by sequence: rows that change adapters have no decisions in the cache."""
+    model = make_two(routing_granularity="sequence")
+    cache = model(**batch, adapter_names=NAMES, use_cache=True).past_key_values
+    following = {"input_ids": batch["input_ids"][:, -1:], "past_key_values": cache}
+    with pytest.raises(RuntimeError, match="run the prompt through it first"):
+        model(**following, adapter_names=NAMES[::-1])
+
+
 def test_refused_in_training_and_sampling(make_two, batch):
     model = make_two()
     with sample_routing(model, num_selections=2, seed=0) as routing:

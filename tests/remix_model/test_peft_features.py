@@ -174,6 +174,16 @@ def test_a_second_adapter_is_as_good_as_the_first(
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+def test_deletion_leaves_nothing(make_remix):
+    model = make_remix()
+    model.add_adapter("gone", ReMixConfig(**POOL))
+    model.delete_adapter("gone")
+    for layer in (module for module in model.modules() if isinstance(module, ReMixLayer)):
+        kept = {**vars(layer), **layer._modules}
+        holders = [v for v in kept.values() if isinstance(v, (dict, torch.nn.Module))]
+        assert not any("gone" in dict(h.items()) for h in holders if hasattr(h, "items"))
+
+
 # Without PEFT's own model -------------------------------------------------------------------------
 
 
