@@ -30,7 +30,8 @@ def fetch() -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as made:
         options = ["--no-deps", "--no-binary", "peft", "--no-build-isolation", "--dest", made]
         pip = [sys.executable, "-m", "pip", "download", "--quiet", *options]
-        subprocess.run([*pip, name.replace("-", "==")], check=True)
+        if subprocess.run([*pip, name.replace("-", "==")]).returncode:
+            raise SystemExit(f"pip could not fetch the source package of {name}, see above")
         with tarfile.open(f"{made}/{name}.tar.gz") as archive:
             tests = [one for one in archive if one.name.startswith(f"{name}/tests/")]
             archive.extractall(made, tests, filter="data")
