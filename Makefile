@@ -14,10 +14,10 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.t
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-gpu demo docs lint format bench bench-gpu compile-report clean
+.PHONY: help venv test test-gpu test-peft demo docs lint format bench bench-gpu compile-report clean
 
 help:  ## show this list
-	@echo "make TARGET [ARGS='...']   ARGS goes to the command behind test, test-gpu, demo and bench"
+	@echo "make TARGET [ARGS='...']   ARGS goes to the command behind test, test-gpu, test-peft, demo and bench"
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' Makefile | \
 		while IFS='|' read -r target text; do printf '  %-14s %s\n' "$$target" "$$text"; done
@@ -51,6 +51,9 @@ test: $(STAMP)  ## run the tests; those that need a GPU are skipped where there 
 
 test-gpu: $(STAMP)  ## run only the tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)
+
+test-peft: $(STAMP)  ## run PEFT's own tests against ReMix; pip fetches them once
+	$(PY) -m conformance.peft_tests $(ARGS)
 
 demo: $(STAMP)  ## finetune a small language model on this machine
 	$(PY) -m remix_cli train --config examples/demo.yaml --output-dir runs/demo --overwrite $(ARGS)

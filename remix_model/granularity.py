@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from remix_model.site import RoutingSite
 
 
+Groups = tuple[tuple[int, ...], int]  # which groups of rows, of how many
+
+
 class SequencePass:
     """What the forward pass that runs tells the sites of a model that route by sequence."""
 
@@ -35,7 +38,8 @@ class SequencePass:
         self._prompt: Tensor | None = None  # found in one of them, when a site first asked
         self._cache: Any = None
         self._reads = False
-        self._decisions: dict[int, Tensor] = {}
+        self._decisions: dict[tuple[int, Groups | None], Tensor] = {}
+        self.groups: Groups | None = None
         self._signature: inspect.Signature | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequencePass:
@@ -78,20 +82,21 @@ class SequencePass:
 
     def note(self, site: RoutingSite, drawn: Tensor) -> None:
         """A site has decided, [B, k]."""
-        self._decisions[id(site)] = drawn
+        self._decisions[id(site), self.groups] = drawn
 
     def decided(self, site: RoutingSite) -> Tensor | None:
         """The decision at this cache's prefill, [B, k]; None when this pass is not decoding."""
         if not self._reads:
             return None
-        none: tuple[int, dict[int, Tensor]] = (0, {})
+        none: tuple[int, dict[tuple[int, Groups | None], Tensor]] = (0, {})
         owner, decisions = getattr(self._cache, "remix_decisions", none)
-        if owner != id(self) or id(site) not in decisions:
+        key = (id(site), self.groups)
+        if owner != id(self) or key not in decisions:
             raise RuntimeError(
                 f"{site.name or 'a routed layer'} chooses its experts at prefill, and this cache "
                 "was not filled by this model: run the prompt through it first"
             )
-        return decisions[id(site)]
+        return decisions[key]
 
     def prompt(self) -> Tensor | None:
         """[B, T] bool, the real tokens of the prompt; None: unknown, all positions count.
@@ -101,7 +106,10 @@ class SequencePass:
         """
         if self._prompt is None and self._batch is not None:
             self._prompt = self._find_prompt(self._batch)
-        return self._prompt
+        if self._prompt is None or self.groups is None:
+            return self._prompt
+        chosen, count = self.groups
+        return self._prompt.unflatten(0, (count, -1))[list(chosen)].flatten(0, 1)
 
     def _find_prompt(self, batch: Mapping[str, Any]) -> Tensor | None:
         ids = batch.get("input_ids")
@@ -126,6 +134,20 @@ class SequencePass:
         if real is None or real.shape[1] < length:
             return torch.ones(rows, length, dtype=torch.bool, device=ids.device)
         return real[:, -length:]
+
+
+@contextmanager
+def only_groups(
+    sequence_pass: SequencePass | None, chosen: list[int], count: int
+) -> Iterator[None]:
+    """Inside, layers see only these groups of the batch's rows, out of `count` equal ones."""
+    if sequence_pass is not None:
+        sequence_pass.groups = (tuple(chosen), count)
+    try:
+        yield
+    finally:
+        if sequence_pass is not None:
+            sequence_pass.groups = None
 
 
 def _first_columns(prompt: Tensor, rows: int, length: int) -> Tensor:

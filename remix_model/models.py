@@ -52,7 +52,8 @@ def load_model(
     Raises:
         ValueError: The dtype is unknown, or the device is not there.
         OSError: There is no such folder, or the hub does not have or cannot deliver the model.
-        ImportError: `smollm2-135m` was asked for and its package is not installed.
+        ImportError: `smollm2-135m` or flash attention was asked for and its package is not
+            installed.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -68,6 +69,13 @@ def load_model(
         )
     except (OSError, SafetensorError) as error:
         raise _load_error("model", name, error) from error
+    except ImportError as error:
+        if "flash" not in (attn_implementation or ""):
+            raise
+        raise ImportError(
+            f"attn_implementation={attn_implementation!r} needs a package that is not installed: "
+            "run `pip install 'remix-lora[flash]'` on a machine with CUDA, or use 'sdpa'"
+        ) from error
     model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature
     return model.eval()
 

@@ -46,6 +46,8 @@ class ReMixConfig(PeftConfig):
 
     Args:
         r: Rank of each LoRA.
+        rank_pattern: Other ranks for some linears: {name or regular expression: rank}. The routing
+            weight follows the rank.
         num_experts: n, LoRAs in each layer's pool.
         top_k: k, LoRAs active for each token.
         lora_alpha: Numerator of the constant routing weight omega.
@@ -94,6 +96,9 @@ class ReMixConfig(PeftConfig):
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other ranks, by name of the linear."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Other modules to train and save in full."}
@@ -155,6 +160,7 @@ class ReMixConfig(PeftConfig):
             flags=flags,
         )
         check_fields(self)
+        _check_ranks(self.rank_pattern)
         for name, known in (
             ("router_type", ROUTER_TYPES),
             ("routing_granularity", GRANULARITIES),
@@ -180,6 +186,16 @@ class ReMixConfig(PeftConfig):
         saved: dict[str, Any] = super().to_dict()
         saved.pop("runtime_config", None)
         return saved
+
+
+def _check_ranks(pattern: Any) -> None:
+    """Raise ValueError unless pattern is ranks by names or regular expressions."""
+    if not isinstance(pattern, dict):
+        raise ValueError(f"rank_pattern={pattern!r} must be a dict of ranks by names of linears")
+    for name, rank in pattern.items():
+        _check_names("rank_pattern", name)
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"rank_pattern[{name!r}]={rank!r}; a rank must be an integer above 0")
 
 
 def _check_names(option: str, value: Any) -> None:

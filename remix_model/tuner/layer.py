@@ -8,7 +8,7 @@ nothing that PEFT's FSDP policy would shard apart from the layer that reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from remix_kernels import RoutedShape
 from remix_model.decode import is_plain
-from remix_model.granularity import SequencePass
+from remix_model.granularity import SequencePass, only_groups
 from remix_model.layer import Pool, empty_b, init_pool, routing_scaling
 from remix_model.sharing import FollowingSite, SharedSelection
 from remix_model.site import RoutedModule, RoutingSite
@@ -30,17 +30,14 @@ CANNOT_MERGE = (
     "weight equals base plus adapter. Keep the adapter separate, or unload() it without merging."
 )
 
-MIXED_BATCH = (
-    "adapter_names= (another adapter for each row) is not available for ReMix adapters; run one "
-    "batch for each adapter"
-)
-
 
 class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
     """A linear with one or several named pools of LoRAs beside it."""
 
     adapter_layer_names = ("remix_lora_A", "remix_lora_B", "remix_router")
-    other_param_names = ("r", "num_experts", "top_k", "scaling", "remix_dropout", "sites")
+    other_param_names = (
+        "r", "num_experts", "top_k", "scaling", "remix_dropout", "sites", "runtime",
+    )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: ReMixConfig) -> None:
         """Wrap base_layer and give it its first adapter."""
@@ -141,8 +138,9 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out]."""
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError(MIXED_BATCH)
+        rows = kwargs.pop("adapter_names", None)
+        if rows is not None and not self._disable_adapters:
+            return self._mixed(x, rows, *args, **kwargs)
         names = [] if self._disable_adapters else self.active_adapters
         names = [name for name in names if name in self.sites]
         base: Any = self._modules["base_layer"]
@@ -155,6 +153,26 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
             for name in names:
                 y = self._pool(name).add(x, y, self.remix_dropout[name], self.training)
         return y
+
+    def _mixed(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """As forward; x is len(names) groups of equally many rows, group i for adapter names[i]."""
+        base: Any = self.base_layer
+        y = base(x, *args, **kwargs)
+        if len(x) % len(names):
+            raise ValueError(wrong_length(names, len(x)))
+        x, y = x.unflatten(0, (len(names), -1)), y.unflatten(0, (len(names), -1))
+        with self._brought_in():
+            for name in (name for name in dict.fromkeys(names) if name in self.sites):
+                groups = [i for i, other in enumerate(names) if other == name]
+                with only_groups(self.sequence_pass, groups, len(names)):
+                    chosen = self._pool(name).add(
+                        x[groups].flatten(0, 1),
+                        y[groups].flatten(0, 1),
+                        self.remix_dropout[name],
+                        self.training,
+                    )
+                y[groups] = chosen.unflatten(0, (len(groups), -1))
+        return y.flatten(0, 1)
 
     @contextmanager
     def _brought_in(self) -> Iterator[None]:
@@ -188,6 +206,14 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
     def __repr__(self) -> str:
         """As PEFT's layers print."""
         return "remix." + super().__repr__()
+
+
+def wrong_length(names: Sequence[str], rows: int) -> str:
+    """What is said when adapter_names do not fit the rows."""
+    return (
+        "Length of `adapter_names` should be the same as the number of inputs, but got "
+        f"{len(names)} and {rows} respectively."
+    )
 
 
 def linear_features(module: Any) -> tuple[int, int]:

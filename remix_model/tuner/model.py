@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from remix_model.granularity import SequencePass
 from remix_model.site import RoutingSite
 from remix_model.tuner.config import ReMixConfig
-from remix_model.tuner.layer import CANNOT_MERGE, MIXED_BATCH, ReMixLayer, linear_features
+from remix_model.tuner.layer import CANNOT_MERGE, ReMixLayer, linear_features
 from remix_model.tuner.loading import refuse_strays
+from remix_model.tuner.mixed_batch import mixed_batch
 
 _GATED = ["gate_proj", "up_proj", "down_proj"]
 _TWO = ["fc1", "fc2"]
@@ -56,18 +59,6 @@ class ReMixModel(BaseTuner):
     tuner_layer_cls = ReMixLayer
     target_module_mapping = FEED_FORWARD_MODULES
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if (
-            peft_config.target_modules is None
-            and model_config.get("model_type") not in FEED_FORWARD_MODULES
-        ):
-            raise ValueError(
-                f"the feed-forward linears of model type {model_config.get('model_type')!r} are "
-                "not known; name them in target_modules, e.g. ['gate_proj', 'up_proj', "
-                "'down_proj']"
-            )
-        return super()._prepare_adapter_config(peft_config, model_config)
-
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -77,14 +68,11 @@ class ReMixModel(BaseTuner):
             ValueError: A name in target_modules is not in the model, or nothing is left to adapt.
         """
         config: Any = self.peft_config[adapter_name]
-        linears = _linear_names(model)
-        fix = f"the linears of {type(model).__name__} are named {', '.join(linears)}"
-        known = FEED_FORWARD_MODULES.get(self.get_model_config(model).get("model_type", ""), [])
-        if isinstance(config.target_modules, (set, list)):
-            names = [name for name, _ in model.named_modules()]
-            for target in sorted(set(config.target_modules) - set(known)):
-                if not any(name == target or name.endswith(f".{target}") for name in names):
-                    raise ValueError(f"target_modules names {target!r}, which is not there; {fix}")
+        stacked = _stacked_names(model)
+        fix = f"the linears of {type(model).__name__} are named {', '.join(_linear_names(model))}"
+        if stacked:
+            fix += f"; {', '.join(stacked)} hold all experts in one, which ReMix does not adapt"
+        self._check_targets(model, config, fix)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -94,6 +82,26 @@ class ReMixModel(BaseTuner):
                 if getattr(config, name) is not None
             }
             raise NoMatchingPeftModuleError(f"{chosen} leaves nothing to adapt; {fix}") from error
+        targets = config.target_modules if isinstance(config.target_modules, set) else ()
+        left = [name for name in stacked if name.rpartition(".")[2] in targets]
+        if left:
+            warnings.warn(f"{', '.join(left)} are left alone: {fix}", stacklevel=2)
+        self._connect(model, config, adapter_name)
+
+    def _check_targets(self, model: nn.Module, config: Any, fix: str) -> None:
+        """Raise ValueError when target_modules are neither given nor known, or not there."""
+        model_type = self.get_model_config(model).get("model_type")
+        known = FEED_FORWARD_MODULES.get(model_type or "", [])
+        if config.target_modules is None and not known:
+            raise ValueError(
+                "Please specify `target_modules`: the feed-forward linears of model type "
+                f"{model_type!r} are not known; {fix}"
+            )
+        if isinstance(config.target_modules, (set, list)):
+            names = [name for name, _ in model.named_modules()]
+            for target in sorted(set(config.target_modules) - set(known)):
+                if not any(name == target or name.endswith(f".{target}") for name in names):
+                    raise ValueError(f"target_modules names {target!r}, which is not there; {fix}")
 
     def _create_and_replace(
         self,
@@ -105,6 +113,10 @@ class ReMixModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        pattern = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
+        if pattern in peft_config.rank_pattern:
+            peft_config = copy(peft_config)
+            peft_config.r = peft_config.rank_pattern[pattern]
         if isinstance(target, ReMixLayer):
             target.update_layer(adapter_name, peft_config)
             return
@@ -116,7 +128,7 @@ class ReMixModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def _connect(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         """Let the layers share what belongs to a model, or to a block of it.
 
         That is the flag by which the warning about untrained routers comes once, what a pass tells
@@ -145,10 +157,10 @@ class ReMixModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT calls this around every forward pass: refuse what routed adapters cannot do."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(MIXED_BATCH)
-        yield
+        """PEFT calls this around every forward pass and generate()."""
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else mixed_batch(self.model, names, kwargs):
+            yield
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
@@ -208,6 +220,36 @@ def _linear_names(model: nn.Module) -> list[str]:
             continue
         names[name.rsplit(".", 1)[-1] if "base_layer" not in name else name.split(".")[-2]] = None
     return list(names)
+
+
+def _stacked_names(model: nn.Module) -> list[str]:
+    """The last two names of the parameters that hold the matrices of several experts."""
+    names = (
+        ".".join(name.split(".")[-2:])
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and ".experts." in name
+    )
+    return list(dict.fromkeys(names))
+
+
+def replace_weights(
+    model: nn.Module, config: ReMixConfig, loaded: dict[str, torch.Tensor], adapter_name: str
+) -> None:
+    """Copy another adapter's weights, keys as in model.state_dict(), over those of `adapter_name`.
+
+    Raises:
+        ValueError: They do not fit, or are not all the adapter's own.
+    """
+    _check_loaded(model, config, loaded, ReMixModel.prefix, adapter_name)
+    others = [key for key in loaded if f".{ReMixModel.prefix}" not in key]
+    if others:
+        raise ValueError(
+            f"only routed adapters are exchanged in place, and this one holds {others[0]} too: use "
+            "load_adapter, under another name"
+        )
+    with torch.no_grad():
+        for key, tensor in loaded.items():
+            model.get_parameter(key).copy_(tensor)
 
 
 def _check_loaded(

@@ -7,7 +7,7 @@ from typing import Any
 
 from remix_model.tuner.config import PEFT_TYPE, ReMixConfig
 from remix_model.tuner.loading import guard_doors
-from remix_model.tuner.model import ReMixModel
+from remix_model.tuner.model import ReMixModel, replace_weights
 
 CARD_HEADING = "### Loading this adapter"
 CARD_USAGE = f"""{CARD_HEADING}
@@ -46,6 +46,7 @@ def register() -> None:
         register_peft_method(name=PEFT_TYPE.lower(), config_cls=ReMixConfig, model_cls=ReMixModel)
         _extend_model_card()
         guard_doors()
+        _enable_hotswap()
 
 
 def _extend_model_card() -> None:
@@ -67,3 +68,38 @@ def _extend_model_card() -> None:
                 file.write(f"\n\n{CARD_USAGE}")
 
     setattr(PeftModel, write_card.__name__, write_card_with_usage)
+
+
+# What decides an adapter's output, or its training, beside its weights.
+_BESIDE_WEIGHTS = [
+    "top_k", "lora_alpha", "use_rslora", "lora_dropout", "bias", "routing_granularity",
+    "router_sharing", "router_type", "router_kwargs", "router_temperature", "router_detach_input",
+]  # fmt: skip
+
+
+def _enable_hotswap() -> None:
+    """PEFT knows how to exchange LoRA's weights in a model that runs: teach it ReMix's.
+
+    In place, so that a compiled model stays as it is. Pools must be alike in shape.
+    """
+    from peft.utils import hotswap
+    from peft.utils.peft_types import PeftType
+
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType[PEFT_TYPE]] = _BESIDE_WEIGHTS
+    swap = hotswap.hotswap_adapter_from_state_dict
+
+    @functools.wraps(swap)
+    def swap_weights(
+        model: Any,
+        state_dict: dict[str, Any],
+        adapter_name: str,
+        config: Any,
+        *args: Any,
+        **kw: Any,
+    ) -> None:
+        if isinstance(config, ReMixConfig):
+            replace_weights(getattr(model, "_orig_mod", model), config, state_dict, adapter_name)
+        else:
+            swap(model, state_dict, adapter_name, config, *args, **kw)
+
+    setattr(hotswap, swap.__name__, swap_weights)

@@ -96,15 +96,6 @@ def test_base_of_a_plain_module_must_be_linear():
         RoutedLoRALinear(nn.Embedding(4, 3), num_experts=4, top_k=2, r=2)
 
 
-# Rows of several adapters ---------------------------------------------------------------------
-
-
-def test_adapter_names_are_refused(make_remix, make_batch):
-    model, batch = make_remix().eval(), make_batch()
-    with pytest.raises(ValueError, match=r"adapter_names"):
-        model(**batch, adapter_names=["default"] * 3)
-
-
 # Opening a context ----------------------------------------------------------------------------
 
 

@@ -1,0 +1,1 @@
+"""Other projects' own tests, run against ReMix: fetched when they are run, never copied in."""
