@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,12 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> 
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"there is no folder of tasks {include_path}: check include_path")
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
+    if find_spec("lm_eval") is None:
         raise ImportError(
             "tasks need lm-eval: run `pip install 'remix-lora[eval]'` (or `pip install lm-eval`)"
-        ) from None
+        )
+    from lm_eval.tasks import TaskManager
+
     folder = None if include_path is None else str(include_path)
     own = TaskManager(include_path=folder, include_defaults=False)
     if all(task in own.all_subtasks or _is_single_task(Path(task)) for task in tasks):
