@@ -7,6 +7,7 @@ chosen A's and B's side by side: one LoRA of rank k r, whose own scaling is omeg
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,12 @@ from remix_model.tuner.config import ReMixConfig
 from remix_model.tuner.layer import ReMixLayer
 
 MOST_FREQUENT = "most_frequent"
-_ROOT = "base_model.model."
-_CARD = """# A LoRA exported from a ReMix adapter
+_ROOT = "base_model.model."  # of names in a PEFT model
+_CARD = """---
+library_name: peft
+{base}tags: [lora]
+---
+# A LoRA exported from a ReMix adapter
 
 Each linear of the [ReMix](https://arxiv.org/abs/2603.10160) adapter chose {top_k} of {num_experts}
 LoRAs for every token. This is a plain LoRA that always applies the same {top_k}:
@@ -66,6 +71,7 @@ def export_static_lora(
             linear, names an unknown one, or names experts that are not there; nothing was recorded;
             the directory holds an adapter.
     """
+    folder = check_directory(directory)
     adapter, config = _active_adapter(model)
     sites = find_sites(model)
     chosen = _resolve(selection, model, sites)
@@ -74,22 +80,12 @@ def export_static_lora(
         for name, layer in model.named_modules()
         if isinstance(layer, ReMixLayer) and adapter in layer.sites
     }
-    leaders = {
-        id(site.shared): name for name, site in sites.items() if site.shared is not None
-    }  # of blocks that share a router
-    experts = {}
-    for name, layer in layers.items():
-        site = layer.sites[adapter]
-        leader = name if isinstance(site, RoutingSite) else leaders[id(site.shared)]
-        experts[name] = chosen[leader]
-    folder = check_directory(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    experts = _experts(layers, adapter, sites, chosen)
     tensors = _lora_tensors(get_peft_model_state_dict(model, adapter_name=adapter), experts)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _lora_config(config, adapter, layers).save_pretrained(str(folder))
-    table = "\n".join(f"- `{name.removeprefix(_ROOT)}`: {chosen[name]}" for name in chosen)
-    numbers = {"top_k": config.top_k, "num_experts": config.num_experts}
-    (folder / "README.md").write_text(_CARD.format(chosen=table, **numbers), encoding="utf-8")
+    (folder / "README.md").write_text(_card(config, chosen), encoding="utf-8")
+    _lora_config(config, adapter, layers).save_pretrained(str(folder))  # last: now it is whole
     return chosen
 
 
@@ -183,6 +179,22 @@ def _as_index(name: str, experts: Any) -> Tensor:
         ) from None
 
 
+def _experts(
+    layers: Mapping[str, ReMixLayer],
+    adapter: str,
+    sites: Mapping[str, RoutingSite],
+    chosen: Mapping[str, list[int]],
+) -> dict[str, list[int]]:
+    """The experts of every linear; those without a router have their block's."""
+    leaders = {id(site.shared): name for name, site in sites.items() if site.shared is not None}
+    experts = {}
+    for name, layer in layers.items():
+        site = layer.sites[adapter]
+        leader = name if isinstance(site, RoutingSite) else leaders[id(site.shared)]
+        experts[name] = chosen[leader]
+    return experts
+
+
 def _lora_tensors(
     state: Mapping[str, Tensor], experts: Mapping[str, list[int]]
 ) -> dict[str, Tensor]:
@@ -231,6 +243,16 @@ def _lora_config(config: ReMixConfig, adapter: str, layers: Mapping[str, ReMixLa
         bias="lora_only" if config.bias == "remix_only" else config.bias,  # type: ignore[arg-type]
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
+    )
+
+
+def _card(config: ReMixConfig, chosen: Mapping[str, list[int]]) -> str:
+    base = config.base_model_name_or_path
+    return _CARD.format(
+        base=f"base_model: {json.dumps(str(base))}\n" if base else "",
+        top_k=config.top_k,
+        num_experts=config.num_experts,
+        chosen="\n".join(f"- `{_short(name)}`: {experts}" for name, experts in chosen.items()),
     )
 
 

@@ -11,6 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from remix_cli import main
+from remix_cli.evaluate import held_out_rows, mean_loss
+from remix_cli.prepare import adapter_config
+from remix_model.models import load_tokenizer
+from remix_model.tokens import DataCollator
 from tests.remix_cli.helpers import contents, fails, run
 
 
@@ -22,7 +26,7 @@ def exported(workspace: Path, output: Path, *argv: str) -> int:
 def test_most_frequent_experts(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those of the run's own record of the same data; the losses are the run's and the LoRA's."""
+    """Those that the run's own record of the same data has; and every loss is its model's."""
     before = contents(workspace / "run")
     assert exported(workspace, tmp_path / "lora") == 0
     out = capsys.readouterr().out
@@ -35,10 +39,21 @@ def test_most_frequent_experts(
         shares = layer["expert_share"]
         best = sorted(sorted(range(4), key=lambda i: -shares[i])[:2])
         assert f"{layer['name'].removeprefix('base_model.model.')}`: {best}" in card
-    assert f"{metrics['eval_loss_before']:.4f}" in out
-    assert f"{metrics['eval_loss_after']:.4f}" in out
-    model = AutoModelForCausalLM.from_pretrained(workspace / "model")
-    PeftModel.from_pretrained(model, tmp_path / "lora")
+    run_config = adapter_config(workspace / "run", {})
+    base = AutoModelForCausalLM.from_pretrained(workspace / "model")
+    lora = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    collator = DataCollator.for_tokenizer(load_tokenizer(run_config.model))
+    rows = held_out_rows(run_config, {})
+    want = {
+        "base model": metrics["eval_loss_before"],
+        "adapter": metrics["eval_loss_after"],
+        "exported LoRA": mean_loss(lora, rows, collator, run_config, "")[0],
+    }
+    lines = {
+        cells[1].strip(): cells for line in out.splitlines() if len(cells := line.split("│")) > 4
+    }
+    assert {name: float(lines[name][2]) for name in want} == pytest.approx(want, abs=6e-5)
+    assert abs(want["adapter"] - want["exported LoRA"]) > 2e-4, "the two could be mixed up"
 
 
 def test_selection_from_a_file(workspace: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from remix_model import export_static_lora, force_selection, record_routing
+from remix_model import ReMixConfig, export_static_lora, force_selection, record_routing
 from remix_model.site import find_sites
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -79,6 +79,20 @@ def test_equals_the_forced_model(
     torch.testing.assert_close(logits(loaded, batch), want, **TOLERANCE)
     if config.get("top_k") != 4:
         assert (logits(model, batch) - want).abs().max() > 0.01
+
+
+def test_ranks_and_scalings_that_differ(
+    make_llama, make_remix, make_batch, random_selections, tmp_path
+):
+    """Of one linear, from the others'."""
+    model, batch = make_remix(make_llama(dtype=torch.float32)), make_batch()
+    own = {"r": 5, "num_experts": 4, "top_k": 2, "lora_alpha": 3.0, "init_lora_weights": False}
+    name = "base_model.model.model.layers.1.mlp.up_proj"
+    model.get_submodule(name).update_layer("default", ReMixConfig(**own))
+    chosen = export_static_lora(model.eval(), random_selections(model), tmp_path)
+    loaded = PeftModel.from_pretrained(make_llama(dtype=torch.float32), tmp_path).eval()
+    assert loaded.get_submodule(name).r["default"] == 10
+    torch.testing.assert_close(logits(loaded, batch), forced(model, batch, chosen), **TOLERANCE)
 
 
 def test_conv1d(make_gpt2, make_remix, make_batch, random_selections, tmp_path):
@@ -192,8 +206,6 @@ def test_other_models_are_refused(make_llama, make_remix, random_selections, tmp
 
 def test_one_of_several_adapters(make_llama, make_remix, make_batch, random_selections, tmp_path):
     """The active one, whatever its name."""
-    from remix_model import ReMixConfig
-
     model, batch = make_remix(make_llama(dtype=torch.float32)), make_batch()
     second = ReMixConfig(r=3, num_experts=5, top_k=3, init_lora_weights=False)
     model.add_adapter("second", second)
