@@ -115,6 +115,9 @@ class RunConfig:
     )
     router_init_range: float = _option(0.02, "method", "standard deviation of the router's start")
     router_temperature: float = _option(1.0, "method", "divides the router's logits")
+    from_lora: Sequence[str] | None = _option(
+        None, "method", "folders of n trained LoRAs that the experts start as; default: afresh"
+    )
     backend: str = _option(
         "auto", "method", "of the routed ops", ("auto", "torch", "triton", "reference")
     )
@@ -222,7 +225,7 @@ class RunConfig:
 
 _FIELDS: dict[str, Field[Any]] = {item.name: item for item in fields(RunConfig)}
 _TYPES: dict[str, Any] = get_type_hints(RunConfig)
-_PATHS = ("model", "dataset", "eval_dataset", "output_dir")
+_PATHS = ("model", "dataset", "eval_dataset", "from_lora", "output_dir")
 
 
 def option_fields(*groups: str) -> list[Field[Any]]:
@@ -298,6 +301,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def absolute_path(key: str, value: Any) -> Any:
     """Return a path among the values as an absolute one: a run is used from other folders too."""
+    if key in _PATHS and isinstance(value, list):
+        return [absolute_path(key, item) for item in value]
     if key not in _PATHS or not isinstance(value, str):
         return value
     path = Path(value).expanduser()

@@ -23,6 +23,7 @@ from remix_cli.prepare import (
 from remix_cli.run_folder import write_json
 from remix_model import token_losses
 from remix_model.models import load_config, load_tokenizer
+from remix_model.tasks import evaluate_tasks, find_tasks
 from remix_model.tokens import DataCollator
 
 
@@ -37,22 +38,28 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
             raise ValueError(f"there is no folder for --json {args.json}: create it first")
         if target.is_dir():
             raise ValueError(f"--json {args.json} is a folder: give a file in it")
-    if not args.tasks and (args.num_fewshot is not None or args.task_limit is not None):
-        raise ValueError("--num-fewshot and --task-limit belong to --tasks: name the tasks")
-    if "dataset" in overrides and "eval_dataset" not in overrides:
-        config.eval_dataset = None  # the one it was trained with
+    for name in ("num_fewshot", "task_limit", "include_path"):
+        if not args.tasks and getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} belongs to --tasks: name the tasks")
     if args.tasks:
         results = _evaluate_tasks(args, folder, config)
     else:
-        whole = "dataset" in overrides and "eval_size" not in overrides
-        results = _evaluate_loss(folder, config, whole)
+        results = _evaluate_loss(folder, config, overrides)
     if args.json is not None:
         write_json(results, Path(args.json).expanduser())
         console.print(f"results are in {args.json}")
 
 
-def _evaluate_loss(folder: Path, config: RunConfig, whole: bool) -> dict[str, Any]:
-    """Compare the losses on the held-out data; `whole`: on all of a data set given for this."""
+def held_out_rows(config: RunConfig, overrides: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """Read and tokenise the held-out data; of a data set that a flag gives, all of it.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if "dataset" in overrides and "eval_dataset" not in overrides:
+        config.eval_dataset = None  # the one it was trained with
+    whole = "dataset" in overrides and "eval_size" not in overrides
     if whole:
         config.eval_size = 0.0
     examples, held_out = read_data(config)
@@ -62,8 +69,12 @@ def _evaluate_loss(folder: Path, config: RunConfig, whole: bool) -> dict[str, An
         raise ValueError("there is no held-out data: give --eval-dataset or --eval-size")
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
-    rows = encode(held_out, config, tokenizer, model_config)
+    return encode(held_out, config, tokenizer, model_config)
 
+
+def _evaluate_loss(folder: Path, config: RunConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Compare the losses on the held-out data."""
+    rows = held_out_rows(config, overrides)
     model, tokenizer = load_adapter(folder, config)
     collator = DataCollator.for_tokenizer(tokenizer)
     with model.disable_adapter():
@@ -107,33 +118,20 @@ def mean_loss(
 
 def _evaluate_tasks(args: argparse.Namespace, folder: Path, config: RunConfig) -> dict[str, Any]:
     """Run lm-eval's tasks with the base model and with the adapter."""
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise ImportError(
-            "--tasks needs lm-eval: run `pip install 'remix-lora[eval]'` (or `pip install lm-eval`)"
-        ) from None
-
-    manager = TaskManager()
-    for task in args.tasks:
-        if not manager.match_tasks([task]) and not Path(task).is_file():
-            raise ValueError(f"lm-eval has no task {task!r}: `lm_eval ls tasks` lists what it has")
+    tasks = [name for word in args.tasks for name in word.split(",") if name]
+    manager = find_tasks(tasks, args.include_path)
     model, tokenizer = load_adapter(folder, config)
 
     def evaluate() -> dict[str, Any]:
-        wrapped = HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=config.per_device_eval_batch_size
-        )
-        output = simple_evaluate(
-            model=wrapped,
-            tasks=args.tasks,
+        return evaluate_tasks(
+            model,
+            tokenizer,
+            tasks,
             num_fewshot=args.num_fewshot,
             limit=args.task_limit,
+            batch_size=config.per_device_eval_batch_size,
             task_manager=manager,
         )
-        return dict(output["results"])
 
     with model.disable_adapter():
         base = evaluate()
@@ -145,5 +143,5 @@ def _evaluate_tasks(args: argparse.Namespace, folder: Path, config: RunConfig) -
         for metric, value in metrics.items():
             if isinstance(value, float):
                 table.add_row(task, metric, f"{base[task][metric]:.4g}", f"{value:.4g}")
-    print_table(f"lm-eval: {', '.join(args.tasks)}", table)
+    print_table(f"lm-eval: {', '.join(tasks)}", table)
     return {"adapter_folder": str(folder), "model": config.model, **results}

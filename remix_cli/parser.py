@@ -83,6 +83,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     evaluate = _add_command(commands, "eval", "compare an adapter's loss with the base model's")
     evaluate.add_argument("--adapter", required=True, metavar="DIR", help="a run or adapter folder")
     evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help="lm-eval tasks, not the loss")
+    evaluate.add_argument("--include-path", metavar="DIR", help="a folder of task files of yours")
     evaluate.add_argument(
         "--num-fewshot", type=int, metavar="N", help="examples in a task's prompt"
     )
@@ -105,6 +106,19 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     )
     generate.add_argument("--seed", type=int, default=0, help="of the sampled answers")
     _add_fields(generate, "model", extra=(*_RUNTIME_FIELDS, "max_new_tokens"))
+
+    export = _add_command(
+        commands, "export", "write the experts that are chosen most as a plain LoRA"
+    )
+    export.add_argument("--adapter", required=True, metavar="DIR", help="a run or adapter folder")
+    export.add_argument("--output", required=True, metavar="DIR", help="a new folder for the LoRA")
+    export.add_argument(
+        "--selection",
+        default="most_frequent",
+        metavar="FILE",
+        help="JSON with the experts of each linear; default: those that held-out tokens take most",
+    )
+    _add_fields(export, "model", "data", extra=_EVAL_FIELDS)
 
     bench = _add_command(
         commands, "bench", "time the adapters' strategies on this machine's processor"

@@ -19,6 +19,7 @@ from remix_cli.display import console
 from remix_cli.run_folder import CONFIG_FILE, check_output_dir, checkpoint_to_resume, is_run
 from remix_kernels._dispatch import resolve_backend
 from remix_model.data import Example, load_examples, split_examples
+from remix_model.from_lora import from_lora_adapters, pool_config, read_lora
 from remix_model.models import load_config, load_model, load_tokenizer, resolve_device
 from remix_model.tokens import tokenize
 from remix_model.tuner.adapter_files import CONFIG_NAME, read_config
@@ -157,13 +158,25 @@ def method_config(config: RunConfig) -> ReMixConfig:
             "routing_granularity=sequence chooses experts from the tokens before the first label, "
             "and train_on=all labels them all: set train_on=response, or routing_granularity=token"
         )
-    names = [item.name for item in option_fields("method") if item.name != "backend"]
+    ours = ("backend", "from_lora")
+    names = [item.name for item in option_fields("method") if item.name not in ours]
     values = {name: getattr(config, name) for name in names}
     for name in ("target_modules", "exclude_modules"):
         # A bare name is one module; PEFT would read it as a regular expression for the whole path.
         if isinstance(values[name], str) and re.fullmatch(r"\w+", values[name]):
             values[name] = [values[name]]
-    return ReMixConfig(task_type="CAUSAL_LM", runtime_config={"backend": config.backend}, **values)
+    runtime = {"backend": config.backend}
+    adapter = ReMixConfig(task_type="CAUSAL_LM", runtime_config=runtime, **values)
+    if config.from_lora is None:
+        return adapter
+    return pool_config([read_lora(folder) for folder in config.from_lora], adapter)
+
+
+def adapt(base: Any, config: RunConfig, adapter: ReMixConfig) -> PeftModel:
+    """Put a new adapter on the base model; its experts may start as trained LoRAs."""
+    if config.from_lora is None:
+        return get_peft_model(base, adapter)
+    return from_lora_adapters(base, config.from_lora, adapter)
 
 
 def training_arguments(config: RunConfig) -> ReMixTrainingArguments:

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from remix_cli.allocator import keep_freed_memory
@@ -21,7 +20,7 @@ from remix_cli.answers import answer
 from remix_cli.config import RunConfig, write_yaml
 from remix_cli.display import console, print_facts, print_losses, print_routing, print_sample
 from remix_cli.env import peak_memory_mib, versions
-from remix_cli.prepare import Plan, load_base, prepare, quiet_libraries
+from remix_cli.prepare import Plan, adapt, load_base, prepare, quiet_libraries
 from remix_cli.progress import ProgressCallback
 from remix_cli.run_folder import (
     CONFIG_FILE,
@@ -33,6 +32,7 @@ from remix_cli.run_folder import (
     write_json,
 )
 from remix_model import ReMixTrainer, record_routing
+from remix_model.card import write_model_card
 from remix_model.data import Example
 from remix_model.errors import SavingError
 from remix_model.tokens import DataCollator, prompt_ids
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
         keep_freed_memory()
     with console.status(f"loading {config.model}"):
         set_seed(config.seed)
-        model = get_peft_model(load_base(config), plan.adapter)
+        model = adapt(load_base(config), config, plan.adapter)
     progress, start = ProgressCallback(), RunStart(folder)
     callbacks: list[TrainerCallback] = [_StopIfFinished(), progress]
     if is_main:
@@ -156,6 +156,7 @@ def _run(
     if not is_main:
         return
     write_json(metrics, folder / METRICS_FILE)
+    write_model_card(model, folder, **_card_facts(metrics, config))
 
     if routing is not None and loss_before is not None and loss_after is not None:
         print_routing("Routing on the held-out data", routing, config.top_k)
@@ -235,6 +236,37 @@ def _print_samples(model: Any, tokenizer: Any, examples: list[Example], config: 
             f"no sample: no held-out prompt leaves room for max_new_tokens={config.max_new_tokens} "
             f"in the model's {limit} positions"
         )
+
+
+def _card_facts(metrics: dict[str, Any], config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What the model card says of the run, beside its routing."""
+    names = (
+        "num_selections",
+        "credit",
+        "log_prob",
+        "learning_rate",
+        "router_learning_rate",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "lr_scheduler_type",
+        "seed",
+    )
+    data = config.dataset if config.eval_dataset is None else config.eval_dataset
+    training = {
+        "data": config.dataset,
+        **{name: metrics[name] for name in ("train_examples", "train_steps", "train_epochs")},
+        **{name: getattr(config, name) for name in names},
+        **{name: metrics[name] for name in ("trainable_parameters", "activated_parameters")},
+        **metrics["versions"],
+    }
+    if metrics["eval_loss_after"] is None:
+        return {"training": training}
+    evaluation = {
+        "data": f"{metrics['eval_examples']} held-out examples of {data}",
+        "loss of the base model": metrics["eval_loss_before"],
+        "loss with the adapter": metrics["eval_loss_after"],
+    }
+    return {"evaluation": evaluation, "training": training}
 
 
 def _labels(values: dict[str, Any]) -> list[tuple[str, Any]]:

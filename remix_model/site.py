@@ -104,6 +104,7 @@ class RoutingSite:
         self.graph_task = -1
         self.forced: Tensor | None = None
         self.records: list[SiteRecord] = []
+        self.recorded: SiteRecord | None = None  # by the last record_routing
         self.router_weight: Tensor | None = None  # the parameter, to ask whether it is trained
         self.warned: list[bool] = [False]  # shared by the sites of one model
 

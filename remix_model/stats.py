@@ -142,6 +142,11 @@ class RoutingRecorder:
         for name, site in self._sites.items():
             site.records.remove(self._records[name])
 
+    def leave_with_model(self) -> None:
+        """What was counted stays at the sites, for `recorded_stats`."""
+        for name, site in self._sites.items():
+            site.recorded = self._records[name]
+
     def note_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: which tokens of this pass are real."""
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
@@ -196,5 +201,16 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
         yield recorder
     finally:
         recorder.detach()
+        recorder.leave_with_model()
         for hook in hooks:
             hook.remove()
+
+
+def recorded_stats(model: nn.Module) -> RoutingStats:
+    """What the last `record_routing` of this model counted; no layers where it counted nothing."""
+    found = (
+        site.recorded.layer_stats(name, site.top_k)
+        for name, site in find_sites(model).items()
+        if site.recorded is not None
+    )
+    return RoutingStats([layer for layer in found if layer is not None])

@@ -188,15 +188,7 @@ def _taken_back(model: Any, name: str) -> Iterator[None]:
 @contextmanager
 def _checked(place: Any, options: Mapping[str, Any], config: ReMixConfig | None) -> Iterator[None]:
     """Check an adapter's files; inside, only layers that its weights bear out are made."""
-    path = _file(place, WEIGHTS_NAME, options)
-    if path is None:
-        if _file(place, PICKLE_NAME, options) is not None:
-            raise ValueError(
-                f"{place} holds {PICKLE_NAME}, a pickle that can run code when read; ReMix "
-                f"adapters are only read from {WEIGHTS_NAME}: save the adapter again with "
-                "safe_serialization=True"
-            )
-        raise ValueError(f"{place} holds no {WEIGHTS_NAME}: is it an adapter's folder?")
+    path = weights_file(place, options)
     if config is None:
         config = ReMixConfig.from_pretrained(place, **_hub_options(options))
     shapes = check_weights(path)
@@ -206,6 +198,28 @@ def _checked(place: Any, options: Mapping[str, Any], config: ReMixConfig | None)
         yield
     finally:
         _loading.reset(token)
+
+
+def weights_file(place: Any, options: Mapping[str, Any]) -> str:
+    """The file with an adapter's weights.
+
+    Args:
+        place: Its folder, or its id on the hub.
+        options: Of `from_pretrained`.
+
+    Raises:
+        ValueError: There is none, or only a pickle.
+    """
+    path = _file(place, WEIGHTS_NAME, options)
+    if path is not None:
+        return path
+    if _file(place, PICKLE_NAME, options) is not None:
+        raise ValueError(
+            f"{place} holds {PICKLE_NAME}, a pickle that can run code when read; ReMix "
+            f"adapters are only read from {WEIGHTS_NAME}: save the adapter again with "
+            "safe_serialization=True"
+        )
+    raise ValueError(f"{place} holds no {WEIGHTS_NAME}: is it an adapter's folder?")
 
 
 def _adapters(model: Any) -> Mapping[str, Any]:

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 from remix_model.tuner.config import PEFT_TYPE, ReMixConfig
 from remix_model.tuner.loading import guard_doors
 from remix_model.tuner.model import ReMixModel, replace_weights
-
-CARD_HEADING = "### Loading this adapter"
-CARD_USAGE = f"""{CARD_HEADING}
-
-This is a [ReMix](https://arxiv.org/abs/2603.10160) adapter: a mixture of LoRAs with a
-trained router. Import `remix_model` first, which teaches PEFT the method:
-
-```python
-import remix_model  # registers "REMIX" with PEFT
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("path/or/hub-id/of/this/adapter")
-```
-"""
 
 
 def register() -> None:
@@ -50,22 +37,18 @@ def register() -> None:
 
 
 def _extend_model_card() -> None:
-    """PEFT writes the card in PeftModel, out of a tuner's reach: add our section after it."""
+    """PEFT writes the card in PeftModel, out of a tuner's reach: add our sections after it."""
     from peft import PeftModel
 
     write_card = PeftModel.create_or_update_model_card
 
     @functools.wraps(write_card)
     def write_card_with_usage(self: Any, output_dir: str) -> None:
+        from remix_model.card import write_model_card
+
+        fresh = not os.path.exists(os.path.join(output_dir, "README.md"))
         write_card(self, output_dir)
-        if not any(isinstance(config, ReMixConfig) for config in self.peft_config.values()):
-            return
-        path = f"{output_dir}/README.md"
-        with open(path, encoding="utf-8") as file:
-            card = file.read()
-        if CARD_HEADING not in card:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(f"\n\n{CARD_USAGE}")
+        write_model_card(self, output_dir, fresh=fresh)
 
     setattr(PeftModel, write_card.__name__, write_card_with_usage)
 

@@ -46,8 +46,9 @@ def test_data_set_given_for_it_replaces_the_runs_own(workspace: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--num-fewshot", "3"], "--num-fewshot and --task-limit belong to --tasks"),
-        (["--task-limit", "3"], "--num-fewshot and --task-limit belong to --tasks"),
+        (["--num-fewshot", "3"], "--num-fewshot belongs to --tasks"),
+        (["--task-limit", "3"], "--task-limit belongs to --tasks"),
+        (["--include-path", "{folder}"], "--include-path belongs to --tasks"),
         (["--json", "{folder}"], "is a folder: give a file in it"),
         (["--json", "{folder}/no/file.json"], "create it first"),
         (["--dataset", "missing.jsonl"], "no data file missing.jsonl"),

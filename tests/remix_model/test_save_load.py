@@ -151,9 +151,9 @@ def test_model_card_says_how_to_load(saved, make_base):
     folder, _, _ = saved
     card = (folder / "README.md").read_text()
     assert "import remix_model" in card
-    assert card.count("### Loading this adapter") == 1
+    assert card.count("## Loading this adapter") == 1
     PeftModel.from_pretrained(make_base(), folder).save_pretrained(folder)
-    assert (folder / "README.md").read_text().count("### Loading this adapter") == 1
+    assert (folder / "README.md").read_text().count("## Loading this adapter") == 1
 
 
 def test_model_card_of_other_methods_is_left_alone(make_llama, tmp_path):

@@ -1,0 +1,1 @@
+"""ReMix inside other people's training programs."""
