@@ -12,6 +12,7 @@ from transformers import Trainer
 from remix_model.credit import leave_one_out
 from remix_model.errors import NonFiniteError
 from remix_model.losses import token_losses
+from remix_model.parallel import selection_mesh, share_batches
 from remix_model.routing import sample_routing
 from remix_model.site import find_sites, mix_seed
 from remix_model.state import RoutingState
@@ -66,6 +67,10 @@ class ReMixTrainerMixin(_Base):
                 "baseline needs at least 2 (or freeze the routers with requires_grad_(False))"
             )
         self.loss_is_scaled_for_ga = True
+        self._selection_group: Any = None
+        if given.remix_selection_parallel > 1:
+            mesh = selection_mesh(given.remix_selection_parallel, options.device.type)
+            self._selection_group = mesh["selection"]
         self._start()
 
     def _start(self) -> None:
@@ -92,7 +97,8 @@ class ReMixTrainerMixin(_Base):
         args: Any = self.args
         options = args.sampling_options(self.state.global_step / max(self.state.max_steps - 1, 1))
         scaler = self.accelerator.scaler
-        with sample_routing(model, **asdict(options), seed=self._selection_seed()) as routing:
+        chosen = {"seed": self._selection_seed(), "selection_group": self._selection_group}
+        with sample_routing(model, **asdict(options), **chosen) as routing:
             for part in routing.parts(inputs, 1.0 if scaler is None else scaler.get_scale()):
                 self._recorder.attach()
                 try:
@@ -104,6 +110,12 @@ class ReMixTrainerMixin(_Base):
             loss = routing.loss(num_items=self._normaliser(tokens, num_items_in_batch))
         self._note(routing, tokens)
         return (loss, {}) if return_outputs else loss
+
+    def get_train_dataloader(self) -> Any:
+        """The parent's; ranks that share a batch's selections are given the same batch."""
+        loader = super().get_train_dataloader()
+        share_batches(loader, self.args.remix_selection_parallel)  # type: ignore[attr-defined]
+        return loader
 
     def evaluation_loss(
         self,
@@ -264,11 +276,12 @@ class ReMixTrainerMixin(_Base):
         return self.model
 
     def _selection_seed(self) -> int:
-        """A new seed for every step, micro-step and rank; the same again after a resume."""
+        """A new seed for every step, micro-step and batch; the same again after a resume."""
         step = self.state.global_step
         micro = self._micro_step[1] + 1 if self._micro_step[0] == step else 0
         self._micro_step = (step, micro)
-        return mix_seed(self.args.seed, step, micro, self.accelerator.process_index)
+        ranks = self.args.remix_selection_parallel  # type: ignore[attr-defined]
+        return mix_seed(self.args.seed, step, micro, self.accelerator.process_index // ranks)
 
     def _normaliser(self, mask: Tensor, num_items: Tensor | int | None) -> Tensor | float:
         """N: labelled tokens of the un-replicated batch, over accumulation and ranks.
