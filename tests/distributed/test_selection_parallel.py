@@ -228,7 +228,7 @@ def test_arguments_are_checked(tmp_path):
 
 
 def test_one_process_has_no_ranks_to_share_with(make_trainer):
-    with pytest.raises(RuntimeError, match="selection_parallel=2 needs a process group.*torchrun"):
+    with pytest.raises(RuntimeError, match=r"selection_parallel=2 needs a process group.*torchrun"):
         make_trainer(remix_selection_parallel=2)
 
 
