@@ -20,15 +20,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from remix_model.errors import NonFiniteError
 from remix_model.parts import Part
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."  # FSDP's, in the names of what is inside
 _MASK63 = 0x7FFFFFFFFFFFFFFF
 
 
@@ -112,19 +112,56 @@ def share_batches(loader: Any, ranks: int) -> None:
     shard.process_index //= ranks
 
 
+def make_shardable(model: nn.Module) -> nn.Module:
+    """Lay out parameters as FSDP2's `fully_shard` demands: call it before that. In place.
+
+    lora_B is [n, out, r] laid out as [n, r, out], which the dense strategy packs without a copy;
+    contiguous, it costs a copy of n out r numbers a pass. `ReMixTrainer` does this by itself.
+
+    Args:
+        model: Any module. Adapters are sharded with it, by experts.
+
+    Returns:
+        The model.
+    """
+    for parameter in model.parameters():
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+    return model
+
+
+def whole_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """Adapters, and all else that is trained, of a sharded model: gathered, without the base.
+
+    Args:
+        model: Sharded by `fully_shard`; all its ranks have to call this.
+
+    Returns:
+        Tensors on the CPU by name, for `save_pretrained(folder, state_dict=...)`.
+    """
+    gathered = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or ".remix_" in name:
+            whole = parameter.detach()
+            whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
+            gathered[name.replace(CHECKPOINT_WRAPPER, "")] = whole.cpu()
+    return gathered
+
+
 class SelectionGroup:
     """The ranks that share a batch's selections: of one where `group` is None."""
 
     def __init__(
         self,
-        group: ProcessGroup | DeviceMesh | None,
+        group: Any,
         num_selections: int,
         grad_selections: int | None,
     ) -> None:
         """Find this rank's place in the group.
 
         Args:
-            group: Its ranks are given the same batch and seed. A one-dimensional mesh will do.
+            group: A ProcessGroup or a one-dimensional DeviceMesh, whose ranks are given the same
+                batch and seed; None: this process alone.
             num_selections: M.
             grad_selections: G; None: M.
 

@@ -324,8 +324,8 @@ class RoutingState:
 
     def _end_backward(self) -> None:
         self._delivering = False
-        if self._held is not None:
-            self._held.end()
+        if self._held is not None:  # after the callbacks that are queued: FSDP2 waits for gradients
+            torch.autograd.Variable._execution_engine.queue_callback(self._held.end)
         for site in self.sites:
             site.end_backward()
 

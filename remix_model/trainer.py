@@ -12,7 +12,7 @@ from transformers import Trainer
 from remix_model.credit import leave_one_out
 from remix_model.errors import NonFiniteError
 from remix_model.losses import token_losses
-from remix_model.parallel import selection_mesh, share_batches
+from remix_model.parallel import make_shardable, selection_mesh, share_batches, whole_adapters
 from remix_model.routing import sample_routing
 from remix_model.site import find_sites, mix_seed
 from remix_model.state import RoutingState
@@ -67,6 +67,9 @@ class ReMixTrainerMixin(_Base):
                 "baseline needs at least 2 (or freeze the routers with requires_grad_(False))"
             )
         self.loss_is_scaled_for_ga = True
+        if self.accelerator.is_fsdp2 and given.remix_selection_chunk_size is not None:
+            # Gradients of chunks would be added to those that FSDP2 holds back meanwhile.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         self._selection_group: Any = None
         if given.remix_selection_parallel > 1:
             mesh = selection_mesh(given.remix_selection_parallel, options.device.type)
@@ -75,6 +78,8 @@ class ReMixTrainerMixin(_Base):
 
     def _start(self) -> None:
         """Forget an earlier run's draws and metrics; model_init may have made another model."""
+        if self.accelerator.is_fsdp2:
+            make_shardable(self._module())
         self._recorder = RoutingRecorder(self._module())
         self._window: list[dict[str, Tensor]] = []
         self._micro_step = (-1, 0)
@@ -158,6 +163,8 @@ class ReMixTrainerMixin(_Base):
             return optimizer
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in ids]
+        # An empty group has no state in a sharded checkpoint, and would come back without its rate.
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         rate = self.args.remix_router_learning_rate  # type: ignore[attr-defined]
         optimizer.add_param_group(
             {
@@ -259,6 +266,13 @@ class ReMixTrainerMixin(_Base):
                 "parameters); it was not saved. Lower learning_rate"
             )
         super().save_model(*args, **kwargs)
+        if self.accelerator.is_fsdp2 and self._saves_shards():
+            folder = kwargs.get("output_dir", args[0] if args else None)
+            self._save(folder, state_dict=whole_adapters(self._module()))
+
+    def _saves_shards(self) -> bool:
+        """Whether the parent leaves a sharded model to its checkpoints, and writes no adapter."""
+        return "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
     def _is_sharded(self) -> bool:
         """Whether the engine clips by itself, all parameters together."""

@@ -33,18 +33,17 @@ MODELS = {
 }
 
 
-def steps(model, batches, group=None, **options):
+def steps(model, batches, group=None, waits=contextlib.nullcontext, **options):
     """An accumulation over batches: (loss of the last, losses [M, B], draws [c B, T, k] by place).
 
-    A draw's place is the batch, the layer and the first of its selections.
+    A draw's place is the batch, the layer and the first of its selections. Batches before the last
+    are backpropagated inside waits(), in which gradients are not reduced.
     """
     items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
     draws = {}
     for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
-        waits = contextlib.nullcontext if last or group is None else model.no_sync
         options = {"num_selections": 4, **options}
-        with waits():
+        with contextlib.nullcontext() if i == len(batches) - 1 else waits():
             with sample_routing(model, **options, seed=i, selection_group=group) as routing:
                 for part in routing.parts(batch):
                     routing.add(*token_losses(model, part))
@@ -90,7 +89,7 @@ def _selection_rank(rank, folder):
         else:
             model.gradient_checkpointing_disable()
         wrapped = nn.parallel.DistributedDataParallel(model)
-        loss, losses, draws = steps(wrapped, batches, group, **options)
+        loss, losses, draws = steps(wrapped, batches, group, wrapped.no_sync, **options)
         grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         results[name] = {"grads": grads, "loss": loss, "losses": losses, "draws": draws}
         model.zero_grad()
