@@ -113,7 +113,7 @@ def share_batches(loader: Any, ranks: int) -> None:
 
 
 def make_shardable(model: nn.Module) -> nn.Module:
-    """Lay out parameters as FSDP2's `fully_shard` demands: call it before that. In place.
+    """Lay out parameters as FSDP2's `fully_shard` and DeepSpeed demand: call it before. In place.
 
     lora_B is [n, out, r] laid out as [n, r, out], which the dense strategy packs without a copy;
     contiguous, it costs a copy of n out r numbers a pass. `ReMixTrainer` does this by itself.

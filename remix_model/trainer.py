@@ -78,7 +78,7 @@ class ReMixTrainerMixin(_Base):
 
     def _start(self) -> None:
         """Forget an earlier run's draws and metrics; model_init may have made another model."""
-        if self.accelerator.is_fsdp2:
+        if self.accelerator.is_fsdp2 or self.is_deepspeed_enabled:
             make_shardable(self._module())
         self._recorder = RoutingRecorder(self._module())
         self._window: list[dict[str, Tensor]] = []
