@@ -130,6 +130,9 @@ class RunConfig:
     selection_chunk_size: int | None = _option(
         None, "training", "selections in memory at once; default: G"
     )
+    selection_parallel: int = _option(
+        1, "training", "neighbouring ranks that share the selections of a batch", minimum=1
+    )
     credit: str = _option(
         "causal",
         "training",

@@ -218,6 +218,7 @@ def training_arguments(config: RunConfig) -> ReMixTrainingArguments:
         "num_selections",
         "grad_selections",
         "selection_chunk_size",
+        "selection_parallel",
         "credit",
         "log_prob",
         "logprob_tokens",

@@ -56,7 +56,9 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
     options = train_args.sampling_options()
     plan_of_step = options.plan(
-        detached=plan.adapter.router_detach_input, checkpointed=config.gradient_checkpointing
+        detached=plan.adapter.router_detach_input,
+        checkpointed=config.gradient_checkpointing,
+        ranks=config.selection_parallel,
     )
     at_once = max(part.count for part in plan_of_step if part.grad)
     estimate = estimate_memory(

@@ -102,6 +102,26 @@ class FoldedPass:
             )
         return positions
 
+    def rows_of(self, advantages: Tensor, lead: torch.Size) -> Tensor:
+        """The advantage of every routed row of a layer whose input is [*lead, in].
+
+        Args:
+            advantages: [c B, W]; W is 1, the layer's positions, or one less.
+            lead: As in `positions`.
+
+        Raises:
+            ValueError: W is another number.
+        """
+        width, positions = advantages.shape[1], self.positions(lead)
+        if width == 1:
+            return advantages.expand(-1, positions).reshape(-1)
+        if width not in (positions, positions - 1):
+            raise ValueError(
+                f"credit='causal' needs a loss for each of the layer's {positions} positions (the "
+                f"last may be left out); token_losses had {width}"
+            )
+        return torch.nn.functional.pad(advantages, (0, positions - width)).reshape(-1)
+
 
 def batch_size_of(batch: Mapping[str, Any]) -> int:
     """B, the sequences in a batch.

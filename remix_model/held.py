@@ -28,13 +28,23 @@ class HeldGradients:
         self._hooks: list[RemovableHandle] = []
 
     def backward(self, loss: Tensor) -> None:
-        """Backpropagate loss times the scale; parameters keep the gradients that they had."""
+        """Backpropagate loss times the scale; parameters keep the gradients that they had.
+
+        Raises:
+            RuntimeError: No gradient arrived.
+        """
         before = [parameter.grad for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
         try:
             with torch.enable_grad():
                 (loss * self.scale).backward()
+            if all(parameter.grad is None for parameter in self._parameters):
+                raise RuntimeError(
+                    "a part of routing.parts left no gradient: FSDP2 holds them back after "
+                    "set_requires_gradient_sync(False), where they would be added to others. With "
+                    "selection_chunk_size reduce them every time (accelerate: sync_each_batch=True)"
+                )
             for i, parameter in enumerate(self._parameters):
                 if parameter.grad is None:
                     continue

@@ -15,22 +15,26 @@ from torch import Tensor
 
 from remix_model.credit import CREDITS, advantage_scale
 from remix_model.errors import NonFiniteError
+from remix_model.options import SamplingOptions
+from remix_model.parallel import SelectionGroup
 from remix_model.parts import Part
 
 
 class Ledger:
     """One batch's account."""
 
-    def __init__(self, num_selections: int, credit: str, advantage_norm: str) -> None:
-        """Open it; the arguments are `sample_routing`'s."""
-        self.num_selections = num_selections
-        self.credit = credit
-        self.advantage_norm = advantage_norm
+    def __init__(self, options: SamplingOptions, group: SelectionGroup) -> None:
+        """Open it; the options are `sample_routing`'s."""
+        self.num_selections = options.num_selections
+        self.credit = options.credit
+        self.advantage_norm = options.advantage_norm
+        self.group = group
         self.labels: Tensor | float | None = None  # of the un-replicated batch
         self.unit: Tensor = torch.ones(())  # what losses are divided by: labels, at least 1
         self.baseline: Tensor | None = None  # mean_m R - R_ref, [B, W], when all are known
         self.scale: Tensor | float = 1.0  # of deviations from it, [B, 1] or a number
-        self._losses: dict[int, Tensor] = {}  # [B, W] by selection
+        self._losses: dict[int, Tensor] = {}  # [B, W] by selection; at first this rank's
+        self._error: NonFiniteError | None = None  # which all ranks are to raise together
 
     def __len__(self) -> int:
         """How many selections have losses."""
@@ -67,6 +71,8 @@ class Ledger:
     def check_finite(self, part: Part, losses: Tensor, router_inputs: Mapping[str, Tensor]) -> None:
         """Raise NonFiniteError, naming where it began, unless all losses are numbers.
 
+        Where other ranks wait for these losses, it is raised when they are exchanged.
+
         Args:
             part: Which.
             losses: [c, B, W].
@@ -86,13 +92,16 @@ class Ledger:
             if first
             else "all routers saw finite numbers, so look at the layers after the last of them"
         )
-        if not bad:
-            raise NonFiniteError(f"the losses are finite and the routers' logits are not: {where}")
-        m, b = bad[0]
-        raise NonFiniteError(
-            f"the loss of input {b} under selection {part.first + m} is "
+        m, b = bad[0] if bad else (0, 0)
+        error = NonFiniteError(
+            f"the losses are finite and the routers' logits are not: {where}"
+            if not bad
+            else f"the loss of input {b} under selection {part.first + m} is "
             f"{float(losses[m, b].sum())}, and with it every advantage; {where}"
         )
+        if self.group.size == 1:
+            raise error
+        self._error = self._error or error
 
     def spread(self, losses: Tensor) -> Tensor:
         """R - R_ref of selections [c, B, W]."""
@@ -108,11 +117,13 @@ class Ledger:
         spread = self.spread(losses)
         self.baseline = spread.mean(0)
         norm = advantage_scale(losses.sum(-1), self.advantage_norm)
-        self.scale = norm / max(self.num_selections - 1, 1)
+        self.scale = norm * self.group.size / max(self.num_selections - 1, 1)
         own = spread[part.first : part.first + part.count] - self.baseline
         return (own * self.scale).flatten(0, 1)
 
     def _all(self) -> Tensor:
+        if len(self._losses) < self.num_selections:
+            self._losses = self.group.exchange(self._losses, self._error)
         return torch.stack([self._losses[m] for m in range(self.num_selections)])
 
     def _check(self, token_losses: Tensor, mask: Tensor | None, rows: int, count: int) -> None:

@@ -33,16 +33,17 @@ class SamplingOptions:
         """Blocks of positions that forward-only selections answer for."""
         return 1 if self.credit == "sequence" else CAUSAL_BLOCKS
 
-    def plan(self, *, detached: bool, checkpointed: bool) -> list[Part]:
-        """The parts in which the selections run.
+    def plan(self, *, detached: bool, checkpointed: bool, ranks: int = 1) -> list[Part]:
+        """The parts in which the selections of one rank run, counted from 0.
 
         Args:
             detached: Whether all routers' gradients stop at the router.
             checkpointed: Whether activations are recomputed.
+            ranks: That share the selections.
         """
         return plan_parts(
-            self.num_selections,
-            self.grad_selections or self.num_selections,
+            self.num_selections // ranks,
+            (self.grad_selections or self.num_selections) // ranks,
             self.selection_chunk_size,
             exact=self.credit == "sequence" and detached,
             checkpointed=checkpointed,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -15,9 +16,14 @@ from remix_model.architecture import check_causal, check_decoder
 from remix_model.delivery import in_backward
 from remix_model.forced import check_forced
 from remix_model.options import SamplingOptions
+from remix_model.parallel import SelectionGroup
 from remix_model.prefix import shared_prefix
 from remix_model.site import find_sites
 from remix_model.state import RoutingState
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @contextmanager
@@ -35,6 +41,7 @@ def sample_routing(
     load_balancing_coef: float = 0.0,
     temperature: float = 1.0,
     seed: int,
+    selection_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Iterator[RoutingState]:
     """Draw the routed layers' selections instead of taking the top k; train routers by RLOO.
 
@@ -74,13 +81,16 @@ def sample_routing(
         seed: 64-bit integer; every module's draw mixes its own stream from it, by its place in
             `model`. Use a new one every step, and for every part of a model that has a context of
             its own.
+        selection_group: Ranks that share the M selections: each runs M over the group's size of
+            them, of the same batch and with the same seed, and gradients averaged over the ranks
+            (by DDP, FSDP) are those of one process. See `remix_model.parallel.selection_mesh`.
 
     Yields:
         The `RoutingState` with `expand` and `loss`.
 
     Raises:
         ValueError: An argument is out of range or unknown, the model has no routed layer, or M < 2
-            with a trainable router.
+            with a trainable router; or M or G is not a multiple of the group's size.
         RuntimeError: The model is already inside such a context.
 
     Source: ReMix (arXiv 2603.10160) section 3.2.
@@ -115,7 +125,8 @@ def sample_routing(
             "router_detach_input=False, and what reaches the layers before the router needs a "
             "graph of every selection; set it to True, or leave grad_selections None"
         )
-    state = RoutingState(model, sites, options, seed)
+    group = SelectionGroup(selection_group, num_selections, grad_selections)
+    state = RoutingState(model, sites, options, seed, group)
     for stream, (name, site) in enumerate(sites.items()):
         if site.state is not None:
             raise RuntimeError(

@@ -22,6 +22,7 @@ from remix_model.eligibility import Eligibility
 from remix_model.held import HeldGradients
 from remix_model.ledger import Ledger
 from remix_model.options import SamplingOptions
+from remix_model.parallel import SelectionGroup
 from remix_model.parts import Part
 from remix_model.random_state import get_random_state, random_state
 from remix_model.regularize import regularizer_grad
@@ -37,11 +38,13 @@ class RoutingState:
         sites: Mapping[str, RoutingSite],
         options: SamplingOptions,
         seed: int,
+        group: SelectionGroup,
     ) -> None:
         """Start with nothing drawn; see `sample_routing` for the arguments."""
         self.options = options
+        self.group = group
         self.num_selections = options.num_selections
-        self.grad_selections = options.grad_selections or options.num_selections
+        self.grad_selections = group.grad_selections  # on this rank
         self.unordered = options.log_prob == "unordered"
         self.temperature = options.temperature
         self.seed = seed
@@ -54,14 +57,16 @@ class RoutingState:
         self.part: Part | None = None
         self._awaiting = False  # a part was entered, and its losses are not known
         self._model = model
-        self._plan = options.plan(
+        plan = options.plan(
             detached=all(site.detached for site in self.sites),
-            checkpointed=self.grad_selections < self.num_selections
+            checkpointed=self.grad_selections < group.num_selections
             and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
+            ranks=group.size,
         )
+        self._plan = group.place(plan)
         self._eligibility: Eligibility | None = None
         self._held: HeldGradients | None = None
-        self._ledger = Ledger(options.num_selections, options.credit, options.advantage_norm)
+        self._ledger = Ledger(options, group)
         self._graph: Tensor | None = None  # what the last part's backward pass goes through
         self._num_items_scale: Tensor | float = 1.0
         self._grad_scale: Tensor | float = 1.0
@@ -202,6 +207,7 @@ class RoutingState:
         self._logit_sums.clear()
         if self._eligibility is None:
             self._eligibility = Eligibility(folded.batch_size, self.options.credit_blocks)
+            self.group.note(batch, self.seed)
         return fold(batch, folded.batch_size, part.count)
 
     # The losses -------------------------------------------------------------------------------
@@ -287,7 +293,7 @@ class RoutingState:
             self.advantages = ledger.advantages(part) * self._num_items_scale
             mean = self.losses.sum() / self.num_selections
         loss = graph * self._num_items_scale
-        if len(self._plan) > 1:  # the value of all, the gradient of those with a graph
+        if len(self._plan) > 1 or self.group.size > 1:  # the value of all, the gradient of some
             loss = loss + (mean - loss.detach())
         for site in self.sites:
             site.forget(self)
@@ -318,8 +324,8 @@ class RoutingState:
 
     def _end_backward(self) -> None:
         self._delivering = False
-        if self._held is not None:
-            self._held.end()
+        if self._held is not None:  # after the callbacks that are queued: FSDP2 waits for gradients
+            torch.autograd.Variable._execution_engine.queue_callback(self._held.end)
         for site in self.sites:
             site.end_backward()
 
@@ -421,15 +427,6 @@ class RoutingState:
     def _row_advantages(self, selection: Selection) -> Tensor:
         """[rows] of a layer."""
         assert self.advantages is not None
-        width = self.advantages.shape[1]
         if selection.per_sequence:
             return self.advantages[:, 0]
-        positions = self.folded_pass().positions(selection.drawn.shape[:-1])
-        if width == 1:
-            return self.advantages.expand(-1, positions).reshape(-1)
-        if width not in (positions, positions - 1):
-            raise ValueError(
-                f"credit={self.options.credit!r} needs a loss for each of the layer's {positions} "
-                f"positions (the last may be left out); token_losses had {width}"
-            )
-        return nn.functional.pad(self.advantages, (0, positions - width)).reshape(-1)
+        return self.folded_pass().rows_of(self.advantages, selection.drawn.shape[:-1])

@@ -14,6 +14,7 @@ from remix_model.credit import leave_one_out
 from remix_model.errors import NonFiniteError
 from remix_model.losses import token_losses
 from remix_model.nonfinite import watch_outputs
+from remix_model.parallel import make_shardable, selection_mesh, share_batches, whole_adapters
 from remix_model.routing import sample_routing
 from remix_model.saving import WholeSaves
 from remix_model.site import find_sites, mix_seed
@@ -64,10 +65,19 @@ class ReMixTrainerMixin(WholeSaves):
                 "baseline needs at least 2 (or freeze the routers with requires_grad_(False))"
             )
         self.loss_is_scaled_for_ga = True
+        if self.accelerator.is_fsdp2 and given.remix_selection_chunk_size is not None:
+            # Gradients of chunks would be added to those that FSDP2 holds back meanwhile.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        self._selection_group: Any = None
+        if given.remix_selection_parallel > 1:
+            mesh = selection_mesh(given.remix_selection_parallel, options.device.type)
+            self._selection_group = mesh["selection"]
         self._start()
 
     def _start(self) -> None:
         """Forget an earlier run's draws and metrics; model_init may have made another model."""
+        if self.accelerator.is_fsdp2 or self.is_deepspeed_enabled:
+            make_shardable(self._module())
         self._recorder = RoutingRecorder(self._module())
         self._window: list[dict[str, Tensor]] = []
         self._micro_step = (-1, 0)
@@ -90,7 +100,8 @@ class ReMixTrainerMixin(WholeSaves):
         args: Any = self.args
         options = args.sampling_options(self.state.global_step / max(self.state.max_steps - 1, 1))
         scaler = self.accelerator.scaler
-        with sample_routing(model, **asdict(options), seed=self._selection_seed()) as routing:
+        chosen = {"seed": self._selection_seed(), "selection_group": self._selection_group}
+        with sample_routing(model, **asdict(options), **chosen) as routing:
             for part in routing.parts(inputs, 1.0 if scaler is None else scaler.get_scale()):
                 self._recorder.attach()
                 try:
@@ -102,6 +113,12 @@ class ReMixTrainerMixin(WholeSaves):
             loss = routing.loss(num_items=self._normaliser(tokens, num_items_in_batch))
         self._note(routing, tokens)
         return (loss, {}) if return_outputs else loss
+
+    def get_train_dataloader(self) -> Any:
+        """The parent's; ranks that share a batch's selections are given the same batch."""
+        loader = super().get_train_dataloader()
+        share_batches(loader, self.args.remix_selection_parallel)  # type: ignore[attr-defined]
+        return loader
 
     def evaluation_loss(
         self,
@@ -157,6 +174,8 @@ class ReMixTrainerMixin(WholeSaves):
             return optimizer
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in ids]
+        # An empty group has no state in a sharded checkpoint, and would come back without its rate.
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         rate = self.args.remix_router_learning_rate  # type: ignore[attr-defined]
         optimizer.add_param_group(
             {
@@ -258,6 +277,13 @@ class ReMixTrainerMixin(WholeSaves):
                 "parameters); it was not saved. Lower learning_rate"
             )
         super().save_model(*args, **kwargs)
+        if self.accelerator.is_fsdp2 and self._saves_shards():
+            folder = kwargs.get("output_dir", args[0] if args else None)
+            self._save(folder, state_dict=whole_adapters(self._module()))
+
+    def _saves_shards(self) -> bool:
+        """Whether the parent leaves a sharded model to its checkpoints, and writes no adapter."""
+        return "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
     def _is_sharded(self) -> bool:
         """Whether the engine clips by itself, all parameters together."""
@@ -275,11 +301,12 @@ class ReMixTrainerMixin(WholeSaves):
         return self.model
 
     def _selection_seed(self) -> int:
-        """A new seed for every step, micro-step and rank; the same again after a resume."""
+        """A new seed for every step, micro-step and batch; the same again after a resume."""
         step = self.state.global_step
         micro = self._micro_step[1] + 1 if self._micro_step[0] == step else 0
         self._micro_step = (step, micro)
-        return mix_seed(self.args.seed, step, micro, self.accelerator.process_index)
+        ranks = self.args.remix_selection_parallel  # type: ignore[attr-defined]
+        return mix_seed(self.args.seed, step, micro, self.accelerator.process_index // ranks)
 
     def _normaliser(self, mask: Tensor, num_items: Tensor | int | None) -> Tensor | float:
         """N: labelled tokens of the un-replicated batch, over accumulation and ranks.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from remix_model.options import SamplingOptions
+from remix_model.parallel import check_shares
 
 
 @dataclass
@@ -19,6 +20,9 @@ class ReMixArguments:
         remix_grad_selections: G of them keep a graph for the backward pass; the others run without
             and still train the routers. None: all.
         remix_selection_chunk_size: Selections in memory at once, see `sample_routing`.
+        remix_selection_parallel: Neighbouring ranks that share the selections of a batch; divides
+            the number of processes, remix_num_selections and remix_grad_selections. The others are
+            data parallel. See docs/distributed.md.
         remix_credit: As in `sample_routing`, but "causal" by default: as unbiased as the paper's
             "sequence", with less variance at the same cost (docs/estimators.md).
         remix_log_prob: As in `sample_routing`, but "unordered" by default: as unbiased as the
@@ -41,6 +45,9 @@ class ReMixArguments:
     )
     remix_selection_chunk_size: int | None = field(
         default=None, metadata={"help": "Selections in memory at once."}
+    )
+    remix_selection_parallel: int = field(
+        default=1, metadata={"help": "Ranks that share the selections of a batch."}
     )
     remix_credit: str = field(
         default="causal",
@@ -95,6 +102,10 @@ class ReMixArguments:
     def check_remix(self) -> None:
         """Raise ValueError for a value that is out of range or unknown."""
         self.sampling_options().check("remix_")
+        ranks = self.remix_selection_parallel
+        if not isinstance(ranks, int) or ranks < 1:
+            raise ValueError(f"remix_selection_parallel={ranks!r}; it must be at least 1")
+        check_shares(self.remix_num_selections, self.remix_grad_selections, ranks, "remix_")
         end = self.remix_temperature_end
         if end is not None and not (isinstance(end, (int, float)) and 0 < end < float("inf")):
             raise ValueError(f"remix_temperature_end={end!r}; it must be a positive number or None")

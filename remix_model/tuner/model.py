@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from remix_model.granularity import SequencePass
+from remix_model.parallel import CHECKPOINT_WRAPPER
 from remix_model.site import RoutingSite
 from remix_model.tuner.config import ReMixConfig
 from remix_model.tuner.layer import CANNOT_MERGE, ReMixLayer, linear_features
@@ -185,6 +186,31 @@ class ReMixModel(BaseTuner):
         return total
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """PEFT's, also of a model whose blocks FSDP's activation checkpointing has wrapped.
+
+        The wrapper is in the modules' names and not in the state's, and PEFT would find nothing.
+        """
+        wrapped = {
+            name.replace(CHECKPOINT_WRAPPER, ""): name for name, _ in model.named_parameters()
+        }
+        found = super()._get_adapter_state_dict(
+            model,
+            config,
+            adapter_name,
+            {wrapped.get(key, key): value for key, value in state_dict.items()},
+            unwanted_adapter_names,
+        )
+        return {key.replace(CHECKPOINT_WRAPPER, ""): value for key, value in found.items()}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
@@ -195,6 +221,11 @@ class ReMixModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        names = {  # which PEFT does not find in wrapped blocks either
+            cls._remove_adapter_name_from_key(key, adapter_name): key
+            for key in _adapter_shapes(model, cls.prefix, adapter_name)
+        }
+        remapped = {names.get(key, key): value for key, value in remapped.items()}
         biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
         refuse_strays(model, remapped, (f".{cls.prefix}", *biases))
         _check_loaded(model, config, remapped, cls.prefix, adapter_name)
@@ -252,6 +283,15 @@ def replace_weights(
             model.get_parameter(key).copy_(tensor)
 
 
+def _adapter_shapes(model: nn.Module, prefix: str, adapter_name: str) -> dict[str, torch.Size]:
+    """The shapes of an adapter's weights, by their names in the model's state."""
+    return {
+        key: tensor.shape
+        for key, tensor in model.state_dict().items()
+        if f".{prefix}" in key and key.endswith(f".{adapter_name}")
+    }
+
+
 def _check_loaded(
     model: nn.Module,
     config: ReMixConfig,
@@ -260,11 +300,7 @@ def _check_loaded(
     adapter_name: str,
 ) -> None:
     """Raise ValueError when adapter weights are missing, unknown or misshapen here."""
-    expected = {
-        key: tensor.shape
-        for key, tensor in model.state_dict().items()
-        if f".{prefix}" in key and key.endswith(f".{adapter_name}")
-    }
+    expected = _adapter_shapes(model, prefix, adapter_name)
     found = {key: tensor.shape for key, tensor in loaded.items() if f".{prefix}" in key}
     trained_on, here = str(config.base_model_name_or_path), str(getattr(model, "name_or_path", ""))
     fix = f"the adapter was trained for base model {trained_on!r}; load that one"

@@ -12,7 +12,7 @@ from remix_model import (
     sample_routing,
     token_losses,
 )
-from tests.remix_model.two_ranks import run_on_two_ranks
+from tests.ranks import run_on_two_ranks
 
 KINDS = ("off", "reentrant", "non-reentrant")
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from remix_model import ReMixTrainer, ReMixTrainingArguments
+from tests.ranks import run_on_two_ranks
 from tests.remix_model.trainer_helpers import QUIET, collate, examples, logged, parameters
-from tests.remix_model.two_ranks import run_on_two_ranks
 
 
 def token_mean(model, data):
