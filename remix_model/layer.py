@@ -166,14 +166,14 @@ class Pool(NamedTuple):
     def _decodes(self, x: Tensor, base: nn.Linear) -> bool:
         """Whether x is one row that wants no more than its top k, on a processor, in fp32."""
         return (
-            not torch.is_grad_enabled()
+            not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
             and self.site.is_idle()
             and x.dtype == self.lora_A.dtype == self.lora_B.dtype == torch.float32
             and base.weight.dtype == self.router.dtype == torch.float32
             and x.is_contiguous()
             and x.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
             and resolve_backend(self.backend, x) == "torch"
             and self._one_row_strategy(x) == "gather"
         )
