@@ -100,8 +100,7 @@ def is_plain(base: nn.Module) -> bool:
     """Whether base(x) is x W^T + b and no more: no other class, no hooks, nothing watching."""
     return (
         type(base) is nn.Linear
-        and type(base.weight)
-        in (nn.Parameter, Tensor)  # not torchao's, which multiply their own way
+        and type(base.weight) in (nn.Parameter, Tensor)  # torchao's multiply in their own way
         and base.weight.is_floating_point()
         and not base._forward_hooks
         and not base._forward_pre_hooks
