@@ -31,7 +31,8 @@ def is_plain(base: nn.Module) -> bool:
         and not base._backward_hooks
         and not base._backward_pre_hooks
         and "forward" not in base.__dict__  # as accelerate's offloading replaces it
-        and base._parameters["weight"].is_floating_point()  # type: ignore[union-attr]
+        and type(base.weight) in (nn.Parameter, Tensor)  # torchao's multiply in their own way
+        and base.weight.is_floating_point()
     )
 
 
@@ -61,7 +62,6 @@ def decode_row(x: Tensor, base: nn.Linear, pool: Pool, training: bool) -> Tensor
         and x.is_cpu
         and x.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and _reads_chosen(pool, site.top_k)
     ):
         return None

@@ -108,7 +108,8 @@ class Pool(NamedTuple):
 
     def linear(self, x: Tensor, base: nn.Linear, training: bool) -> Tensor:
         """base(x) plus the chosen adapters, in one op. x [..., in] -> [..., out]."""
-        if x.numel() == self.lora_A.shape[2] and not torch.is_grad_enabled():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and x.numel() == self.lora_A.shape[2] and not torch.is_grad_enabled():
             y = decode_row(x, base, self, training)
             if y is not None:
                 return y

@@ -92,13 +92,13 @@ class Ledger:
             if first
             else "all routers saw finite numbers, so look at the layers after the last of them"
         )
-        m, b = bad[0] if bad else (0, 0)
-        error = NonFiniteError(
-            f"the losses are finite and the routers' logits are not: {where}"
-            if not bad
-            else f"the loss of input {b} under selection {part.first + m} is "
-            f"{float(losses[m, b].sum())}, and with it every advantage; {where}"
-        )
+        what = "the losses are finite and the routers' logits are not"
+        if bad:
+            m, b = bad[0]
+            loss = float(losses[m, b].sum())
+            what = f"the loss of input {b} under selection {part.first + m} is {loss}, and with it "
+            what += "every advantage"
+        error = NonFiniteError(f"{what}; {where}")
         if self.group.size == 1:
             raise error
         self._error = self._error or error
