@@ -100,13 +100,12 @@ def _strictly(read: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(read)
     def read_strictly(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        from peft import PeftConfig
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        values = read_config(path_json_file)
-        kind = values.get("peft_type")
-        if cls.__name__ == "PeftConfig" and not (
-            isinstance(kind, str) and kind in PEFT_TYPE_TO_CONFIG_MAPPING
-        ):
+        kind = read_config(path_json_file).get("peft_type")
+        known = isinstance(kind, str) and kind in PEFT_TYPE_TO_CONFIG_MAPPING
+        if cls is PeftConfig and not known:
             raise ValueError(
                 f"{path_json_file} describes an adapter of type {kind!r}, which PEFT does not know"
             )
