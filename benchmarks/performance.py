@@ -115,13 +115,14 @@ def dispatch(rows: list[Row]) -> list[str]:
         for cell, (taken, best, ratio) in worst
         if ratio > 1.02
     ]
+    rest = table(["cell", "auto", "fastest", "time over the fastest's"], body) if body else []
     return [
         "### The choice of strategy",
         "",
         f"`auto` took the fastest strategy, or one within 2 % of it, at {len(found) - len(body)} "
-        f"of {len(found)} cells; the others:",
+        f"of {len(found)} cells{'; the others:' if body else '.'}",
         "",
-        *table(["cell", "auto", "fastest", "time over the fastest's"], body),
+        *rest,
     ]
 
 
