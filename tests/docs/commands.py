@@ -14,8 +14,18 @@ from tests.conftest import ROOT
 
 # Parsed, not run: (words that a command begins with, why).
 NOT_RUN = [
+    ("remix eval --adapter runs/mine --tasks", "lm-eval is not installed"),
     ("remix bench", "measures for a minute"),
     ("REMIX_AUTOTUNE=1 remix train", "tunes kernels, for a GPU"),
+]
+# Neither parsed nor run, another program's or the shell's: (what a line begins with, why).
+NOT_OURS = [
+    ("python -m venv factory", "another environment, for LLaMA-Factory"),
+    ('pip install remix-lora "transformers==5.6.0"', "likewise"),
+    ("pip install --no-deps llamafactory", "likewise"),
+    ("pip install torchaudio", "likewise"),
+    ("export ", "sets a variable"),
+    ("python -c", "lm-eval's own program, which is not installed"),
 ]
 LAUNCHERS = ("python", "torchrun", "accelerate")  # of a module or a script, which is only checked
 _ASSIGNMENT = re.compile(r"[A-Z][A-Z0-9_]*=")
@@ -24,7 +34,8 @@ _ASSIGNMENT = re.compile(r"[A-Z][A-Z0-9_]*=")
 def commands_of(text: str) -> list[list[str]]:
     """The commands of a bash block as words, without comments."""
     lines = text.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    ours = [line for line in lines if not line.startswith(tuple(start for start, _ in NOT_OURS))]
+    return [words for line in ours if (words := shlex.split(line, comments=True))]
 
 
 def check(words: list[str], run: bool = True) -> None:
@@ -73,9 +84,9 @@ def _check_pip(words: list[str]) -> None:
     setup = (ROOT / "setup.py").read_text()
     pins = (ROOT / "constraints.txt").read_text()
     for word in (word for word in words if not word.startswith("-")):
-        name, _, extras = word.partition("[")
+        name, _, extras = word.rstrip("]").partition("[")
         if name in (".", "remix-lora"):
-            for extra in extras.rstrip("]").split(",") if extras else []:
+            for extra in extras.split(",") if extras else []:
                 assert f'"{extra}": [' in setup, f"there is no extra {extra}"
         else:
             assert f"\n{word}\n" in pins, f"{word} is not what constraints.txt pins"

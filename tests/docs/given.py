@@ -52,8 +52,24 @@ def kernels() -> dict[str, Any]:
     return {"model": _model()}
 
 
+def ways_in_and_out() -> dict[str, Any]:
+    """A finished run, four trained LoRAs, and a configuration of one's own."""
+    from peft import LoraConfig, get_peft_model
+
+    from remix_cli import main
+
+    Path("sums.jsonl").write_text('{"prompt": "2 + 3?", "response": "5"}\n' * 6)
+    Path("mine.yaml").write_text("dataset: sums.jsonl\neval_size: 2\nmax_steps: 2\nr: 4\n")
+    assert main(["train", "--config", "mine.yaml", "--output-dir", "runs/mine"]) == 0
+    for name in ("math", "code", "chat", "law"):
+        lora = LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"])
+        get_peft_model(load_model("smollm2-135m"), lora).save_pretrained(f"loras/{name}")
+    return {"base": load_model("smollm2-135m"), "batches": [DataCollator(0)(_dataset())]}
+
+
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
     "docs/estimators.md": estimators,
     "docs/kernels.md": kernels,
+    "docs/ways-in-and-out.md": ways_in_and_out,
 }
