@@ -156,7 +156,13 @@ def _run(
     if not is_main:
         return
     write_json(metrics, folder / METRICS_FILE)
-    write_model_card(model, folder, **_card_facts(metrics, config))
+    facts_of_run = _card_facts(metrics, config)
+    write_model_card(
+        model,
+        folder,
+        evaluation=facts_of_run.get("evaluation"),
+        training=facts_of_run.get("training"),
+    )
 
     if routing is not None and loss_before is not None and loss_after is not None:
         print_routing("Routing on the held-out data", routing, config.top_k)
