@@ -19,6 +19,9 @@ from remix_model.batch import PROMPT_MASK
 from remix_model.granularity import given_prompt
 from remix_model.site import RoutedModule
 
+# skip_logits is how the Trainer asks a liger model for a loss in place of logits.
+_NOT_THE_MODELS = ("labels", PROMPT_MASK, "skip_logits")
+
 
 def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every next token.
@@ -39,7 +42,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
         raise ValueError("the batch needs labels [B, T] to compute a loss")
     check_decoder(model)
     _check_length(model, labels.shape[1])
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", PROMPT_MASK)}
+    inputs = {key: value for key, value in batch.items() if key not in _NOT_THE_MODELS}
     inputs.setdefault("use_cache", False)
     targets = labels[:, 1:]
     mask = targets != -100

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from trl import SFTConfig, SFTTrainer
 
 from remix_model.trainer import ReMixTrainerMixin
@@ -36,5 +38,16 @@ class ReMixSFTConfig(ReMixArguments, SFTConfig):
 class ReMixSFTTrainer(ReMixTrainerMixin, SFTTrainer):
     """A `trl.SFTTrainer` for ReMix adapters: pass a PEFT model, or `peft_config=ReMixConfig()`.
 
+    Packed and padding-free batches are refused by `ReMixSFTConfig`. TRL's fused head is used in
+    evaluation only: in training, logits are computed where labels are.
+
     Source: ReMix (arXiv 2603.10160) section 3.2.
     """
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The mixin's; counts `num_tokens`, which TRL logs, without the selections."""
+        if model.training:
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+            self._total_train_tokens += int(self.accelerator.gather_for_metrics(mask.sum()).sum())
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return super().compute_loss(model, inputs, *args, **kwargs)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch import nn
+from transformers import EarlyStoppingCallback
 
 from remix_model import ReMixConfig, ReMixSFTConfig, ReMixSFTTrainer
 from remix_model.site import find_sites
@@ -141,25 +144,70 @@ def test_it_learns(dataset, options, model, tokenizer, arguments):
         assert list(entry["remix/expert_share"]) == list(find_sites(trainer.model))
 
 
-def test_loss_is_on_the_completion_only(model, tokenizer, arguments):
-    """B = 0 makes the first loss the base model's: mean over the completions' tokens."""
+TURNS = Dataset.from_list(
+    [
+        {
+            "messages": [
+                {"role": "user", "content": f"what says the {animal}"},
+                {"role": "assistant", "content": sound},
+                {"role": "user", "content": "what"},
+                {"role": "assistant", "content": f"the {animal} says {sound}"},
+            ]
+        }
+        for animal, sound in zip(ANIMALS, SOUNDS, strict=True)
+    ]
+)
+
+
+def prompt_and_completion(row):
+    return [(row["prompt"], False), (f"{row['completion']}<eos>", True)]
+
+
+def assistant_turns(row):
+    pieces = []
+    for message in row["messages"]:
+        answer = message["role"] == "assistant"
+        pieces += [(f"<|{message['role']}|>", False)]
+        pieces += [(message["content"] + ("<eos>" if answer else ""), answer)]
+    return pieces
+
+
+def everything(pieces):
+    return lambda row: [(text, True) for text, _ in pieces(row)]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "pieces"),
+    [
+        pytest.param(PROMPTS, {}, prompt_and_completion, id="completion"),
+        pytest.param(
+            PROMPTS,
+            {"completion_only_loss": False},
+            everything(prompt_and_completion),
+            id="prompts",
+        ),
+        pytest.param(TURNS, {"assistant_only_loss": True}, assistant_turns, id="assistant"),
+        pytest.param(TURNS, {}, everything(assistant_turns), id="chat"),
+    ],
+)
+def test_what_the_loss_is_on(dataset, options, pieces, model, tokenizer, arguments):
+    """B = 0 makes the first loss the base model's: a mean over tokens, here by hand."""
     trainer = ReMixSFTTrainer(
         model=model,
-        args=arguments(per_device_train_batch_size=6, max_steps=1, logging_steps=1),
-        train_dataset=PROMPTS,
+        args=arguments(per_device_train_batch_size=6, max_steps=1, logging_steps=1, **options),
+        train_dataset=dataset,
         processing_class=tokenizer,
         peft_config=config(),
     )
     total, count = 0.0, 0
-    for row in PROMPTS:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        rest = tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+    for row in dataset:
+        split = [(tokenizer(text)["input_ids"], counted) for text, counted in pieces(row)]
+        ids = torch.tensor([token for tokens, _ in split for token in tokens])
+        counts = torch.tensor([counted for tokens, counted in split for _ in tokens])[1:]
         with torch.no_grad():
-            logits = model.eval()(input_ids=torch.tensor([prompt + rest])).logits[0]
-        losses = nn.functional.cross_entropy(
-            logits[len(prompt) - 1 : -1], torch.tensor(rest), reduction="sum"
-        )
-        total, count = total + float(losses), count + len(rest)
+            logits = model.eval()(input_ids=ids[None]).logits[0, :-1]
+        losses = nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        total, count = total + float(losses[counts].sum()), count + int(counts.sum())
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, rel=1e-4)
 
@@ -177,6 +225,44 @@ def test_evaluation_is_top_k(model, tokenizer, arguments):
     assert trainer.evaluate()["eval_loss"] == before
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before - 0.3
+
+
+def test_evaluation_checkpoints_and_the_best_model(model, tokenizer, arguments):
+    """A falling loss that should grow: the first checkpoint is the best, patience ends at 2."""
+    trainer = ReMixSFTTrainer(
+        model=model,
+        args=arguments(
+            max_steps=4,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=True,
+        ),
+        train_dataset=CHATS,
+        eval_dataset=CHATS,
+        processing_class=tokenizer,
+        peft_config=config(),
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-1"
+    saved = load_file(best / "adapter_model.safetensors")
+    last = load_file(best.parent / "checkpoint-2" / "adapter_model.safetensors")
+    routers = [name for name in saved if "router" in name]
+    assert routers
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, saved[name.replace(".default", "")]), name
+    assert all(not torch.equal(last[name], saved[name]) for name in routers)
+    tokens = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
+    assert 0 < tokens[0] < tokens[1]
+    assert tokens[1] == sum(len(row["input_ids"]) for row in trainer.train_dataset)  # one epoch
 
 
 def test_a_model_that_is_already_adapted(model, tokenizer, arguments, make_remix):
