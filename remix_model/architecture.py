@@ -28,6 +28,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was applied to the model or to a part of it."""
+    return any(
+        name.endswith("_orig_mod")
+        or module._compiled_call_impl is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for name, module in model.named_modules()
+    )
+
+
 def check_decoder(model: nn.Module) -> None:
     """Raise ValueError for an encoder-decoder: its routed rows are not one sequence's positions."""
     model = unwrapped(model)

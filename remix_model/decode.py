@@ -51,7 +51,7 @@ def decode_row(x: Tensor, base: nn.Linear, pool: Pool, training: bool) -> Tensor
     site, lora_A, lora_B, router = pool[:4]
     weight: Any = base._parameters["weight"]
     fp32 = torch.float32
-    if not (
+    if torch.compiler.is_compiling() or not (
         site.is_idle()
         and x.dtype is fp32
         and weight.dtype is fp32
@@ -61,7 +61,6 @@ def decode_row(x: Tensor, base: nn.Linear, pool: Pool, training: bool) -> Tensor
         and x.is_cpu
         and x.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and _reads_chosen(pool, site.top_k)
     ):
         return None

@@ -61,21 +61,29 @@ class DeliverRouterGradient(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, router, logits, drawn = ctx.saved_tensors
         selection = replace(ctx.selection, drawn=drawn, logits=logits, x=x)
-        state, dx = selection.state, None
-        with no_autocast(dy.device):  # autocast may be on around loss.backward()
-            dlogits = None if state is None else state.dlogits(selection)
-            if dlogits is None:
-                drouter = torch.zeros_like(router)
-            else:
-                if selection.temperature != 1.0:
-                    dlogits = dlogits / selection.temperature
-                drouter = dlogits.T @ x.reshape(-1, x.shape[-1]).float()
-                if ctx.needs_input_grad[1]:
-                    dx = (dlogits @ router.float()).view(x.shape).to(x.dtype)
-            collected = None if state is None else state.collected(ctx.site, drouter)
-            if collected is not None:
-                drouter = drouter + collected
-        return dy, dx, drouter.to(router.dtype), None, None, None, None
+        drouter, dx = router_gradient(ctx.site, selection, router, ctx.needs_input_grad[1])
+        return dy, dx, drouter, None, None, None, None
+
+
+def router_gradient(
+    site: RoutingSite, selection: Selection, router: Tensor, need_dx: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of a router [n, in], and of its input, from one selection's advantages."""
+    state, x, dx = selection.state, selection.x, None
+    with no_autocast(router.device):  # autocast may be on around loss.backward()
+        dlogits = None if state is None else state.dlogits(selection)
+        if dlogits is None:
+            drouter = torch.zeros_like(router)
+        else:
+            if selection.temperature != 1.0:
+                dlogits = dlogits / selection.temperature
+            drouter = dlogits.T @ x.reshape(-1, x.shape[-1]).float()
+            if need_dx:
+                dx = (dlogits @ router.float()).view(x.shape).to(x.dtype)
+        collected = None if state is None else state.collected(site, drouter)
+        if collected is not None:
+            drouter = drouter + collected
+    return drouter.to(router.dtype), dx
 
 
 class LossTap(torch.autograd.Function):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from remix_model.architecture import check_decoder, unwrapped
+from remix_model.architecture import check_decoder, is_compiled, unwrapped
 from remix_model.batch import PROMPT_MASK
 from remix_model.granularity import given_prompt
 from remix_model.site import RoutedModule
@@ -70,15 +71,48 @@ def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
         ValueError: The model does not say which module is its head.
     """
 
+    head = _head(model)
+    if is_compiled(model) and "forward" not in head.__dict__:
+        with _labelled_only(head, mask):
+            yield
+        return
+
     def keep_labelled(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
         return (hidden[:, : mask.shape[1]][mask].unsqueeze(0), *args[1:])
 
-    hook = _head(model).register_forward_pre_hook(keep_labelled)
+    hook = head.register_forward_pre_hook(keep_labelled)
     try:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _labelled_only(head: Any, mask: Tensor) -> Iterator[None]:
+    """`logits_at` of a compiled head, which no longer looks at its hooks, but at its class.
+
+    The rows are counted here, so that the compiled graph has no shape that depends on data.
+    """
+    cls = type(head)
+    head.remix_labelled = mask.nonzero()  # [rows, 2]
+    head.__class__ = _with_labelled_rows(cls)
+    try:
+        yield
+    finally:
+        head.__class__ = cls
+        del head.remix_labelled
+
+
+@cache  # one class for good: torch.compile would compile again for every new one
+def _with_labelled_rows(cls: Any) -> Any:
+    def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = self.remix_labelled[:, 0] * hidden.shape[1] + self.remix_labelled[:, 1]
+        labelled = hidden.flatten(0, 1).index_select(0, rows).unsqueeze(0)
+        return cls.forward(self, labelled, *args, **kwargs)
+
+    # A class of this module: what belongs to one of torch.nn compiles anew for every other shape.
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": __name__})
 
 
 def _head(model: nn.Module) -> nn.Module:

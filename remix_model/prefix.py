@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from remix_model.architecture import is_compiled
 from remix_model.delivery import in_backward
 
 # Decoders whose blocks take h first, and tensors with rows first: tests/remix_model/test_prefix.py
@@ -156,7 +157,7 @@ def _find_blocks(model: nn.Module, sites: list[str]) -> tuple[Any, Any, list[nn.
     from transformers.modeling_utils import PreTrainedModel
 
     modules: dict[str, Any] = dict(model.named_modules())
-    if any(name.endswith("_orig_mod") or m._compiled_call_impl for name, m in modules.items()):
+    if is_compiled(model):
         return None
     lists = (name for name, module in modules.items() if isinstance(module, nn.ModuleList))
     path = next((name for name in lists if _inside(name, sites)), "")  # the outermost comes first

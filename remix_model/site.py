@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from remix_kernels import RoutedShape, sample_top_k
 from remix_kernels._routed import cast, no_autocast
-from remix_model.delivery import DeliverRouterGradient, in_backward
+from remix_model.compiled import NOT_SAMPLED, SITES, DeliverWhenRun, choose
+from remix_model.delivery import DeliverRouterGradient, in_backward, router_gradient
 from remix_model.errors import NonFiniteError
 from remix_model.forced import spread_forced
 from remix_model.granularity import SequencePass, pool, spread_over
@@ -61,6 +62,7 @@ class Selection:
     state: RoutingState | None  # None: not sampled
     temperature: float
     per_sequence: bool
+    number: Tensor | None = None  # compiled: of the state, which only the run knows
 
 
 class RoutingSite:
@@ -95,9 +97,11 @@ class RoutingSite:
         self.stream = 0
         self.state: RoutingState | None = None  # inside sample_routing
         # What recomputations repeat, by the layer's mode, so that evaluating forgets no training.
-        self.last: dict[bool, RoutingState | None] = {}  # whose draw the last pass used
-        self.last_forced: dict[bool, Tensor | None] = {}  # what the last unsampled pass had to use
-        self.last_prompt: dict[bool, Tensor | None] = {}  # what it read, where sequences are routed
+        # Whose draw the last pass used.
+        self.last: dict[bool, RoutingState | None] = {True: None, False: None}
+        # What the last unsampled pass had to use, and what it read where sequences are routed.
+        self.last_forced: dict[bool, Tensor | None] = {True: None, False: None}
+        self.last_prompt: dict[bool, Tensor | None] = {True: None, False: None}
         self.replaying: RoutingState | None = None  # whose backward pass is running
         self.replayed = False  # whether this layer was recomputed in it
         self.ambiguous = False  # another state's backward pass began before that
@@ -107,6 +111,7 @@ class RoutingSite:
         self.recorded: SiteRecord | None = None  # by the last record_routing
         self.router_weight: Tensor | None = None  # the parameter, to ask whether it is trained
         self.warned: list[bool] = [False]  # shared by the sites of one model
+        self.number = SITES.number(self)  # by which a compiled graph finds it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingSite:
         """A copy of the layer starts with no context and no saved selections."""
@@ -173,16 +178,47 @@ class RoutingSite:
             )
         if self.detached:
             x = x.detach()
-        if self.state is not None and torch.compiler.is_compiling():
-            selection = self._select_eagerly(x, router, training)
+        if torch.compiler.is_compiling():
+            selection = self._select_compiled(x, router, training)
         else:
-            selection = self._select(x, router, training)
+            self.router_weight = router
+            selection = self.select_now(x, router, training)
         if self.shared is not None:
             self.shared.put(selection)
         return selection
 
-    def _select(self, x: Tensor, router: Tensor, training: bool) -> Selection:
-        self.router_weight = router
+    def _select_compiled(self, x: Tensor, router: Tensor, training: bool) -> Selection:
+        """Traced once: what depends on more than x is left to an op, or to Python."""
+        if self.per_sequence:
+            return self._select_eagerly(x, router, training)
+        if self._is_top_k_only(training):
+            with torch.no_grad():
+                logits = self._logits(x, router, self.temperature)
+                index = self._top_k(logits)
+            number = NOT_SAMPLED if training else None
+        else:
+            index, logits, number = choose(
+                x.detach(), router.detach(), self.number, self.top_k, training
+            )
+        return Selection(index, index, logits, x, None, self.temperature, False, number)
+
+    def _is_top_k_only(self, training: bool) -> bool:
+        """Whether nothing draws, forces, records, or may be recomputed: a compiler guards on it."""
+        return (
+            self.state is None
+            and self.forced is None
+            and not self.records
+            and self.replaying is None
+            and self.last[training] is None
+            and self.last_forced[training] is None
+        )
+
+    @torch.compiler.disable
+    def _select_eagerly(self, x: Tensor, router: Tensor, training: bool) -> Selection:
+        return self.select_now(x, router, training)
+
+    def select_now(self, x: Tensor, router: Tensor, training: bool) -> Selection:
+        """`select` as the run finds things; x is detached where it should be."""
         if in_backward():
             return self._recompute(x, router, training)
         self.replaying = None  # a forward pass outside a backward pass: none is running
@@ -245,12 +281,21 @@ class RoutingSite:
         """Pass the layer's output through the identity that will give the router its gradient."""
         if not (router.requires_grad and torch.is_grad_enabled()):
             return y
+        if selection.number is not None:
+            return DeliverWhenRun.apply(
+                y,
+                selection.x,
+                router,
+                selection.logits,
+                selection.drawn,
+                selection.number,
+                self.number,
+                training,
+            )
         if selection.state is None:
             if not training:
                 return y
-            if not self.warned[0]:
-                self.warned[0] = True
-                warnings.warn(UNTRAINED_ROUTER, stacklevel=3)
+            self._warn_untrained()
         return self._deliver(y, router, selection)
 
     # A compiler would run DeliverRouterGradient's backward pass once, before there are any
@@ -261,9 +306,26 @@ class RoutingSite:
             y, selection.x, router, selection.logits, selection.drawn, self, selection
         )
 
-    @torch.compiler.disable
-    def _select_eagerly(self, x: Tensor, router: Tensor, training: bool) -> Selection:
-        return self._select(x, router, training)
+    def router_gradient(
+        self,
+        x: Tensor,
+        router: Tensor,
+        logits: Tensor,
+        index: Tensor,
+        state: RoutingState | None,
+        training: bool,
+        need_dx: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `deliver` gives in a compiled backward pass: (drouter, dx)."""
+        if state is None and training:
+            self._warn_untrained()
+        selection = self._selection(index, logits, x, x, state)
+        return router_gradient(self, selection, router, need_dx)
+
+    def _warn_untrained(self) -> None:
+        if not self.warned[0]:
+            self.warned[0] = True
+            warnings.warn(UNTRAINED_ROUTER, stacklevel=4)
 
     def begin_backward(self, state: RoutingState, graph_task: int) -> None:
         """`state`'s backward pass has begun: recomputations in it replay what it drew.

@@ -1,0 +1,136 @@
+"""Routing under torch.compile: what only a run knows, behind ops that a compiler does not look into.
+
+A compiler traces Python once and keeps its results. But the selections are others in every step,
+and the advantages are not known when the backward pass is traced. So a layer that is compiled asks
+
+    choose(x, router, site)                        ->  top_k_index, logits, state
+    router_gradient(dy, x, router, ..., state)     ->  drouter, dx        (in the backward pass)
+
+which call the layer's `RoutingSite`, and the `RoutingState` of that pass, when they run. Both go
+through the graph as numbers in tensors on the CPU, so nothing about them is a constant: no step is
+compiled anew, and layers may share a graph. `dy` is there so that the backward pass is not taken
+for something that can be done before the loss is known.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from remix_model.site import RoutingSite
+
+
+class Numbered:
+    """Living objects by number. None is 0; no number is used twice."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._objects: WeakValueDictionary[int, Any] = WeakValueDictionary()
+        self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._next = count(1)
+
+    def number(self, thing: Any) -> Tensor:
+        """Its number, [] int64 on the CPU."""
+        if thing is None:
+            return torch.tensor(0, device="cpu")
+        if thing not in self._numbers:
+            self._numbers[thing] = next(self._next)
+            self._objects[self._numbers[thing]] = thing
+        return torch.tensor(self._numbers[thing], device="cpu")
+
+    def find(self, number: Tensor) -> Any:
+        """The object; None where it lives no more."""
+        return self._objects.get(int(number))
+
+
+SITES, STATES = Numbered(), Numbered()
+NOT_SAMPLED = STATES.number(None)
+
+
+# Seeded, so that two equal calls are not taken for one, and none is left out or repeated.
+@torch.library.custom_op(
+    "remix_model::choose", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def choose(
+    x: Tensor, router: Tensor, site: Tensor, top_k: int, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(top_k_index [..., k] int32, logits [..., n] fp32, number of the state: 0 if not sampled)."""
+    selection = SITES.find(site).select_now(x, router, training)
+    # Cloned: what the state keeps must not lie in memory that the compiled graph uses again.
+    index = selection.index.to(torch.int32, copy=True)
+    return index, selection.logits, STATES.number(selection.state)
+
+
+@choose.register_fake
+def _(
+    x: Tensor, router: Tensor, site: Tensor, top_k: int, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead = x.shape[:-1]
+    logits = x.new_empty((*lead, router.shape[0]), dtype=torch.float32)
+    return x.new_empty((*lead, top_k), dtype=torch.int32), logits, torch.empty_like(site)
+
+
+@torch.library.custom_op("remix_model::router_gradient", mutates_args=())
+def router_gradient(
+    dy: Tensor,
+    x: Tensor,
+    router: Tensor,
+    logits: Tensor,
+    top_k_index: Tensor,
+    state: Tensor,
+    site: Tensor,
+    training: bool,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor]:
+    """(drouter [n, in], dx like x; empty if not needed)."""
+    found = SITES.find(site)
+    drouter, dx = found.router_gradient(
+        x, router, logits, top_k_index, STATES.find(state), training, need_dx
+    )
+    return drouter, x.new_empty(0) if dx is None else dx
+
+
+@router_gradient.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    router: Tensor,
+    logits: Tensor,
+    top_k_index: Tensor,
+    state: Tensor,
+    site: Tensor,
+    training: bool,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(router), torch.empty_like(x) if need_dx else x.new_empty(0)
+
+
+class DeliverWhenRun(torch.autograd.Function):
+    """`DeliverRouterGradient` for a compiler: tensors and facts, no objects."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        router: Tensor,
+        logits: Tensor,
+        top_k_index: Tensor,
+        state: Tensor,
+        site: Tensor,
+        training: bool,
+    ) -> Tensor:
+        ctx.training = training
+        ctx.save_for_backward(x, router, logits, top_k_index, state, site)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_dx = ctx.needs_input_grad[1]
+        drouter, dx = router_gradient(dy, *ctx.saved_tensors, ctx.training, need_dx)
+        return dy, dx if need_dx else None, drouter, None, None, None, None, None
