@@ -1,4 +1,4 @@
-"""Routing under torch.compile: what only a run knows, behind ops that a compiler does not look into.
+"""Routing under torch.compile: what only a run knows, in ops that a compiler does not look into.
 
 A compiler traces Python once and keeps its results. But the selections are others in every step,
 and the advantages are not known when the backward pass is traced. So a layer that is compiled asks
@@ -20,6 +20,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+from remix_model import delivery
 
 if TYPE_CHECKING:
     from remix_model.site import RoutingSite
@@ -50,6 +52,18 @@ class Numbered:
 
 SITES, STATES = Numbered(), Numbered()
 NOT_SAMPLED = STATES.number(None)
+
+
+def is_top_k_only(site: RoutingSite, training: bool) -> bool:
+    """Whether nothing draws, forces, records, or may be recomputed: what a compiler guards on."""
+    return (
+        site.state is None
+        and site.forced is None
+        and not site.records
+        and site.replaying is None
+        and site.last[training] is None
+        and site.last_forced[training] is None
+    )
 
 
 # Seeded, so that two equal calls are not taken for one, and none is left out or repeated.
@@ -88,10 +102,12 @@ def router_gradient(
     need_dx: bool,
 ) -> tuple[Tensor, Tensor]:
     """(drouter [n, in], dx like x; empty if not needed)."""
-    found = SITES.find(site)
-    drouter, dx = found.router_gradient(
-        x, router, logits, top_k_index, STATES.find(state), training, need_dx
-    )
+    found: RoutingSite = SITES.find(site)
+    sampled = STATES.find(state)
+    if sampled is None and training:
+        found.warn_untrained()
+    selection = found.selection(top_k_index, logits, x, x, sampled)
+    drouter, dx = delivery.router_gradient(found, selection, router, need_dx)
     return drouter, x.new_empty(0) if dx is None else dx
 
 

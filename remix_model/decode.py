@@ -31,6 +31,7 @@ def is_plain(base: nn.Module) -> bool:
         and not base._backward_hooks
         and not base._backward_pre_hooks
         and "forward" not in base.__dict__  # as accelerate's offloading replaces it
+        and type(base._parameters["weight"]) in (nn.Parameter, Tensor)  # not torchao's own kinds
         and base._parameters["weight"].is_floating_point()  # type: ignore[union-attr]
     )
 

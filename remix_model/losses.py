@@ -70,7 +70,6 @@ def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
     Raises:
         ValueError: The model does not say which module is its head.
     """
-
     head = _head(model)
     if is_compiled(model) and "forward" not in head.__dict__:
         with _labelled_only(head, mask):

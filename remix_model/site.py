@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from remix_kernels import RoutedShape, sample_top_k
 from remix_kernels._routed import cast, no_autocast
-from remix_model.compiled import NOT_SAMPLED, SITES, DeliverWhenRun, choose
-from remix_model.delivery import DeliverRouterGradient, in_backward, router_gradient
+from remix_model.compiled import NOT_SAMPLED, SITES, DeliverWhenRun, choose, is_top_k_only
+from remix_model.delivery import DeliverRouterGradient, in_backward
 from remix_model.errors import NonFiniteError
 from remix_model.forced import spread_forced
 from remix_model.granularity import SequencePass, pool, spread_over
@@ -191,7 +191,7 @@ class RoutingSite:
         """Traced once: what depends on more than x is left to an op, or to Python."""
         if self.per_sequence:
             return self._select_eagerly(x, router, training)
-        if self._is_top_k_only(training):
+        if is_top_k_only(self, training):
             with torch.no_grad():
                 logits = self._logits(x, router, self.temperature)
                 index = self._top_k(logits)
@@ -201,17 +201,6 @@ class RoutingSite:
                 x.detach(), router.detach(), self.number, self.top_k, training
             )
         return Selection(index, index, logits, x, None, self.temperature, False, number)
-
-    def _is_top_k_only(self, training: bool) -> bool:
-        """Whether nothing draws, forces, records, or may be recomputed: a compiler guards on it."""
-        return (
-            self.state is None
-            and self.forced is None
-            and not self.records
-            and self.replaying is None
-            and self.last[training] is None
-            and self.last_forced[training] is None
-        )
 
     @torch.compiler.disable
     def _select_eagerly(self, x: Tensor, router: Tensor, training: bool) -> Selection:
@@ -236,7 +225,7 @@ class RoutingSite:
                 self.last_forced[training] = None if self.forced is None else drawn
             else:
                 drawn = self._draw(logits, state)
-            selection = self._selection(drawn, logits, seen, x, state)
+            selection = self.selection(drawn, logits, seen, x, state)
             if state is not None:
                 state.note(self, selection)
             elif self.sequence_pass is not None:
@@ -264,9 +253,10 @@ class RoutingSite:
     def _temperature(self, state: RoutingState | None) -> float:
         return self.temperature if state is None else self.temperature * state.temperature
 
-    def _selection(
+    def selection(
         self, drawn: Tensor, logits: Tensor, seen: Tensor, x: Tensor, state: RoutingState | None
     ) -> Selection:
+        """What was chosen from `seen`, for the rows of x."""
         index = spread_over(drawn, x.shape[:-1]) if self.per_sequence else drawn
         temperature = self._temperature(state)
         return Selection(index, drawn, logits, seen, state, temperature, self.per_sequence)
@@ -275,7 +265,7 @@ class RoutingSite:
         """While decoding: the prefill's decision."""
         logits = x.new_zeros(decided.shape[0], self.num_experts, dtype=torch.float32)
         seen = x.new_zeros(decided.shape[0], x.shape[-1])
-        return self._selection(decided, logits, seen, x, None)
+        return self.selection(decided, logits, seen, x, None)
 
     def deliver(self, y: Tensor, router: Tensor, selection: Selection, training: bool) -> Tensor:
         """Pass the layer's output through the identity that will give the router its gradient."""
@@ -295,7 +285,7 @@ class RoutingSite:
         if selection.state is None:
             if not training:
                 return y
-            self._warn_untrained()
+            self.warn_untrained()
         return self._deliver(y, router, selection)
 
     # A compiler would run DeliverRouterGradient's backward pass once, before there are any
@@ -306,23 +296,8 @@ class RoutingSite:
             y, selection.x, router, selection.logits, selection.drawn, self, selection
         )
 
-    def router_gradient(
-        self,
-        x: Tensor,
-        router: Tensor,
-        logits: Tensor,
-        index: Tensor,
-        state: RoutingState | None,
-        training: bool,
-        need_dx: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What `deliver` gives in a compiled backward pass: (drouter, dx)."""
-        if state is None and training:
-            self._warn_untrained()
-        selection = self._selection(index, logits, x, x, state)
-        return router_gradient(self, selection, router, need_dx)
-
-    def _warn_untrained(self) -> None:
+    def warn_untrained(self) -> None:
+        """Once for a model."""
         if not self.warned[0]:
             self.warned[0] = True
             warnings.warn(UNTRAINED_ROUTER, stacklevel=4)
@@ -429,7 +404,7 @@ class RoutingSite:
             if saved:
                 self.replayed = True
                 seen, logits = self._read(x, router, state, self._prompt(state))
-                return self._selection(self._only(saved), logits, seen, x, state)
+                return self.selection(self._only(saved), logits, seen, x, state)
         seen, logits = self._read(x, router, None, self.last_prompt.get(training))
         index = self.last_forced.get(training)
         if index is None:
@@ -440,7 +415,7 @@ class RoutingSite:
                 f"{list(x.shape[:-1])} rows, and the last forced selection had "
                 f"{list(index.shape[:-1])}: call backward on a loss before the next forward pass"
             )
-        return self._selection(index, logits, seen, x, None)
+        return self.selection(index, logits, seen, x, None)
 
     def _is_of(self, drawn: Tensor, x: Tensor, state: RoutingState | None) -> bool:
         """Whether a saved draw is one of x's rows."""

@@ -1,12 +1,21 @@
-"""`torch.compile` changes nothing: the routers' gradient is no constant of the compiled graph."""
+"""`torch.compile` changes nothing, breaks no graph of a language model, and compiles no step anew.
+
+`fullgraph=True` makes a break an error.
+"""
 
 from __future__ import annotations
+
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
 
-from remix_model import RoutedLoRALinear, sample_routing
+from remix_model import RoutedLoRALinear, record_routing, sample_routing, token_losses
+from remix_model.site import UNTRAINED_ROUTER
+from tests.remix_model.step_helpers import run
 from tests.remix_model.trainer_helpers import logged, parameters
 
 pytestmark = pytest.mark.slow
@@ -15,8 +24,20 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch.compiler.reset()
+    counters.clear()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def make_small(make_llama, make_remix):
+    """One block in fp64, two of its linears adapted; in train mode."""
+    fields = {"target_modules": ["gate_proj", "down_proj"]}
+    return lambda **config: make_remix(make_llama(layers=1), **{**fields, **config}).train()
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
 
 
 def make_layers():
@@ -60,3 +81,149 @@ def test_trainer(make_trainer, make_remix, make_llama, assert_same):
     assert norms[0] > 0
     assert logged(compiled, "remix/grad_norm_router") == pytest.approx(norms, rel=1e-4)
     assert_same(got, want)
+
+
+# A language model in training -------------------------------------------------------------------
+
+LENGTHS = ((10, 7, 9), (8, 6, 8), (9, 9, 4), (7, 5, 6))
+IN_PARTS = {"grad_selections": 1, "selection_chunk_size": 1, "credit": "causal"}
+
+
+def assert_steps_agree(
+    model, compiled, eager, lengths, make_batch, take_grads, assert_same, **options
+):
+    """Draws, loss and gradients of several steps; returns how many graphs there were after each."""
+    counts = []
+    for step, sizes in enumerate(lengths):
+        batch = make_batch(sizes, prompt=2 + step % 3, seed=step)
+        want, _, drawn = run(eager, batch, seed=step, **options)
+        got, _, drawn_compiled = run(compiled, batch, seed=step, **options)
+        for index, other in zip(drawn_compiled.values(), drawn.values(), strict=True):
+            assert torch.equal(index.long(), other.long())
+        assert_same(got.detach(), want.detach(), 1e-12)
+        grads = take_grads(eager)
+        assert all(grad.any() for grad in grads.values())
+        assert_same(take_grads(model), grads, 1e-9)
+        counts.append(graphs())
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("options", "variants"),
+    [pytest.param({}, 1, id="folded"), pytest.param(IN_PARTS, 2, id="in-parts")],
+)
+def test_training_in_one_graph(options, variants, make_small, make_batch, take_grads, assert_same):
+    """New seeds, labels and lengths: once lengths are known to differ, nothing is compiled."""
+    model, eager = make_small(), make_small()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    counts = assert_steps_agree(
+        model, compiled, eager, LENGTHS, make_batch, take_grads, assert_same, **options
+    )
+    assert counts == [variants, 2 * variants, 2 * variants, 2 * variants]
+
+
+@pytest.mark.parametrize(
+    ("config", "breaks"),
+    [
+        pytest.param({"router_detach_input": False}, False, id="undetached"),
+        pytest.param({"router_sharing": "block"}, False, id="block"),
+        pytest.param({"lora_dropout": 1e-12}, True, id="dropout"),
+        pytest.param(
+            {"routing_granularity": "sequence", "target_modules": ["down_proj"]},
+            True,
+            id="sequence",
+        ),
+    ],
+)
+def test_other_ways_to_train(config, breaks, make_small, make_batch, take_grads, assert_same):
+    model, eager = make_small(**config), make_small(**config)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=not breaks)
+    lengths = LENGTHS[:1]
+    assert_steps_agree(model, compiled, eager, lengths, make_batch, take_grads, assert_same)
+    assert graphs() > 0
+
+
+@pytest.mark.parametrize("part", ["model", "blocks"])
+def test_checkpointing(part, make_small, make_batch, take_grads, assert_same):
+    """Inside the graph, or around graphs of blocks: recomputations repeat what was drawn."""
+    models = [make_small(), make_small()]
+    for model in models:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.get_base_model().disable_input_require_grads()  # which would break the graph
+    model, eager = models
+    compiled = model
+    if part == "model":
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    else:
+        for block in model.get_base_model().model.layers:
+            block.compile(backend="aot_eager", fullgraph=True)
+    assert_steps_agree(model, compiled, eager, LENGTHS[:2], make_batch, take_grads, assert_same)
+    assert graphs() > 0
+
+
+def test_losses_after_a_pass_for_all_logits(make_small, make_batch):
+    """The graph of the one is not taken for the other, in either order."""
+    model = make_small().eval()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for prompt in (3, 4, 5):
+            batch = make_batch(prompt=prompt)
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+            (got, mask), (want, _) = token_losses(compiled, batch), token_losses(model, batch)
+            assert mask.any()
+            torch.testing.assert_close(got, want)
+    assert type(model.get_base_model().lm_head) is nn.Linear
+
+
+def test_outside_sampling_it_warns_once(make_small, make_batch):
+    """The adapters learn, the routers get zeros."""
+    model = make_small()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            compiled(**make_batch()).loss.backward()
+    assert [str(w.message) for w in caught].count(UNTRAINED_ROUTER) == 1
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert bool(parameter.grad.any()) == ("router" not in name)
+
+
+# Inference --------------------------------------------------------------------------------------
+
+
+def test_recording_goes_on(make_small, make_batch):
+    """Also where the graph is older than the recorder."""
+    model = make_small().eval()
+    compiled = torch.compile(model, backend="eager")
+    batch = {name: value for name, value in make_batch((9, 9)).items() if name != "labels"}
+    stats = []
+    with torch.no_grad():
+        compiled(**batch)
+        for run_model in (model, compiled):
+            with record_routing(model) as record:
+                run_model(**batch)
+            stats.append([layer.expert_share for layer in record.stats().layers])
+    assert stats[0] == stats[1] != []
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"routing_granularity": "sequence"}], ids=["token", "sequence"]
+)
+def test_generation_with_a_static_cache(config, make_llama, make_remix):
+    model = make_remix(make_llama(layers=1), target_modules=["down_proj"], **config).eval()
+    ids = torch.randint(3, 64, (2, 5), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    compiling = CompileConfig(backend="eager", fullgraph=not config)
+    compiling._compile_all_devices = True  # transformers compiles decoding on GPUs only
+    got = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        cache_implementation="static",
+        compile_config=compiling,
+        **options,
+    )
+    assert torch.equal(got, want)
+    assert graphs() > 0
