@@ -102,6 +102,22 @@ def no_fused_op(monkeypatch):
     monkeypatch.setattr(remix_model.layer, "gather_row", lambda call: pytest.fail("the fused path"))
 
 
+class Own(torch.Tensor):
+    """A weight that multiplies in its own way."""
+
+
+class OwnLinear(nn.Linear):
+    """A linear that does."""
+
+
+def test_what_is_plain():
+    """Another class of linear, of weight, or of numbers: each alone runs by itself."""
+    linears = [nn.Linear(4, 4) for _ in range(3)]
+    linears[1].weight = nn.Parameter(linears[1].weight.detach().as_subclass(Own))
+    linears[2].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.uint8), requires_grad=False)
+    assert [is_plain(base) for base in (*linears, OwnLinear(4, 4))] == [True, False, False, False]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("rows", [(2, 5), (1, 1)], ids=["batch", "token"])
 @pytest.mark.parametrize(("kind", "device"), KINDS)
