@@ -31,8 +31,8 @@ def is_plain(base: nn.Module) -> bool:
         and not base._backward_hooks
         and not base._backward_pre_hooks
         and "forward" not in base.__dict__  # as accelerate's offloading replaces it
-        and type(base.weight) in (nn.Parameter, Tensor)  # torchao's multiply in their own way
-        and base.weight.is_floating_point()
+        and type(base._parameters["weight"]) in (nn.Parameter, Tensor)  # not torchao's own kinds
+        and base._parameters["weight"].is_floating_point()  # type: ignore[union-attr]
     )
 
 
@@ -52,7 +52,7 @@ def decode_row(x: Tensor, base: nn.Linear, pool: Pool, training: bool) -> Tensor
     site, lora_A, lora_B, router = pool[:4]
     weight: Any = base._parameters["weight"]
     fp32 = torch.float32
-    if not (
+    if torch.compiler.is_compiling() or not (
         site.is_idle()
         and x.dtype is fp32
         and weight.dtype is fp32

@@ -99,7 +99,7 @@ def no_fused_op(monkeypatch):
     monkeypatch.setattr(
         remix_model.layer, "routed_linear", lambda *a, **k: pytest.fail("the fused path")
     )
-    monkeypatch.setattr(remix_model.layer, "gather_row", lambda call: pytest.fail("the fused path"))
+    monkeypatch.setattr(remix_model.layer, "decode_row", lambda *a: pytest.fail("the fused path"))
 
 
 class Own(torch.Tensor):
