@@ -93,7 +93,7 @@ def _labelled_only(head: Any, mask: Tensor) -> Iterator[None]:
 
     The rows are counted here, so that the compiled graph has no shape that depends on data.
     """
-    cls = type(head)
+    cls: Any = type(head)
     head.remix_labelled = mask.nonzero()  # [rows, 2]
     head.__class__ = _with_labelled_rows(cls)
     try:
