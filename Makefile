@@ -3,7 +3,7 @@
 # its name.
 
 PYTHON ?= python3
-EXTRAS ?= train,report,bench,docs,dev
+EXTRAS ?= train,eval,report,bench,docs,dev
 PIP_ARGS ?=
 ARGS ?=
 
