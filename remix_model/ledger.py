@@ -96,8 +96,10 @@ class Ledger:
         if bad:
             m, b = bad[0]
             loss = float(losses[m, b].sum())
-            what = f"the loss of input {b} under selection {part.first + m} is {loss}, and with it "
-            what += "every advantage"
+            what = (
+                f"the loss of input {b} under selection {part.first + m} is {loss}, and with it "
+                "every advantage"
+            )
         error = NonFiniteError(f"{what}; {where}")
         if self.group.size == 1:
             raise error

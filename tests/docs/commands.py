@@ -14,18 +14,18 @@ from tests.conftest import ROOT
 
 # Parsed, not run: (words that a command begins with, why).
 NOT_RUN = [
-    ("remix eval --adapter runs/mine --tasks", "lm-eval is not installed"),
+    ("remix eval --adapter runs/mine --tasks", "names tasks of the reader's"),
     ("remix bench", "measures for a minute"),
     ("REMIX_AUTOTUNE=1 remix train", "tunes kernels, for a GPU"),
 ]
 # Neither parsed nor run, another program's or the shell's: (what a line begins with, why).
 NOT_OURS = [
     ("python -m venv factory", "another environment, for LLaMA-Factory"),
-    ('pip install remix-lora "transformers==5.6.0"', "likewise"),
+    ('pip install . "transformers==5.6.0"', "likewise"),
     ("pip install --no-deps llamafactory", "likewise"),
     ("pip install torchaudio", "likewise"),
     ("export ", "sets a variable"),
-    ("python -c", "lm-eval's own program, which is not installed"),
+    ("python -c", "lm-eval's own program, on tasks of the reader's"),
 ]
 LAUNCHERS = ("python", "torchrun", "accelerate")  # of a module or a script, which is only checked
 _ASSIGNMENT = re.compile(r"[A-Z][A-Z0-9_]*=")

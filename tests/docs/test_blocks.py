@@ -21,7 +21,8 @@ OTHER_YAML = {
 }
 # Python that is only compiled: (page, first line of the block), and why.
 NOT_RUN = {
-    ("docs/ways-in-and-out.md", "from remix_model import evaluate_tasks"): "lm-eval is missing",
+    ("docs/ways-in-and-out.md", "from remix_model import evaluate_tasks"): "the reader's tasks",
+    ("docs/distributed.md", "from remix_model import sample_routing, token_losses"): "8 processes",
 }
 
 
