@@ -28,10 +28,15 @@ a share of the activations: 0.65 to 0.85 with 6 layers and 256 tokens, 1.0 with 
 none with MALLOC_MMAP_THRESHOLD_=1000000, which costs time. Not measured on CUDA, where the estimate
 is of tensors only. The estimate of tensors is within a quarter of what torch allocates, see
 tests/remix_cli/test_memory.py.
+
+Sharded over s ranks by FSDP2, weights, gradients and optimizer are a part in s each. The unit that
+runs stands whole beside them, the one that comes next is on its way, and where a unit is gathered
+or its gradients are scattered it is there twice: three of the largest block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,6 +75,7 @@ def estimate_memory(
     gradient_checkpointing: bool,
     activation_bytes: int,
     on_cpu: bool,
+    shards: int = 1,
 ) -> MemoryEstimate:
     """Estimate the memory of one training step; the module's docstring has the formula.
 
@@ -87,6 +93,7 @@ def estimate_memory(
         gradient_checkpointing: Whether blocks are recomputed.
         activation_bytes: Bytes of an element: 4, or 2 in half precision.
         on_cpu: Whether the memory is the process's own.
+        shards: s, ranks over which FSDP2 shards the model.
     """
     config = model.config
     hidden = config.hidden_size
@@ -111,9 +118,10 @@ def estimate_memory(
     routers = sum(router.numel() for router in _routers(model))
     trainable = [p for p in model.parameters() if p.requires_grad]
     return MemoryEstimate(
-        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
-        gradients=(1 + held_gradients) * sum(p.numel() * p.element_size() for p in trainable),
-        optimizer=8 * sum(p.numel() for p in trainable),
+        weights=_bytes(model.parameters()) / shards
+        + (3 * _largest_block(model) if shards > 1 else 0),
+        gradients=(1 + held_gradients) * _bytes(trainable) / shards,
+        optimizer=8 * sum(p.numel() for p in trainable) / shards,
         activations=activations,
         logits=logits,
         routers=4 * batch_size * router_blocks * (2 + collected_at_once) * routers
@@ -122,6 +130,18 @@ def estimate_memory(
         allocator=0.75 * activations if on_cpu else 0,
         process=430 * 2**20 if on_cpu else 0,
     )
+
+
+def _bytes(parameters: Iterable[Any]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _largest_block(model: Any) -> int:
+    """Bytes of the largest decoder block; embedding and head are not counted."""
+    from torch import nn
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max((_bytes(block.parameters()) for blocks in lists for block in blocks), default=0)
 
 
 def _routers(model: Any) -> list[Any]:

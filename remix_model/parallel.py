@@ -15,7 +15,8 @@ Source: ReMix (arXiv 2603.10160) section 3.2 for the baseline over M; spreading 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,29 @@ def make_shardable(model: nn.Module) -> nn.Module:
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
     return model
+
+
+@contextmanager
+def whole_before_training(
+    accelerator: Any, model: nn.Module, device: torch.device
+) -> Iterator[None]:
+    """Inside, a model that accelerate has not sharded yet is evaluated as it is, on every rank.
+
+    accelerate shards a model by FSDP2 only together with its optimizer, when training starts.
+
+    Args:
+        accelerator: The trainer's.
+        model: Its model.
+        device: Where it is evaluated.
+    """
+    early = accelerator.is_fsdp2 and not accelerator._models
+    if early:
+        accelerator._models.append(model.to(device))
+    try:
+        yield
+    finally:
+        if early:
+            accelerator._models.clear()
 
 
 def whole_adapters(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,13 @@ from remix_model.credit import leave_one_out
 from remix_model.errors import NonFiniteError
 from remix_model.losses import token_losses
 from remix_model.nonfinite import watch_outputs
-from remix_model.parallel import make_shardable, selection_mesh, share_batches, whole_adapters
+from remix_model.parallel import (
+    make_shardable,
+    selection_mesh,
+    share_batches,
+    whole_adapters,
+    whole_before_training,
+)
 from remix_model.routing import sample_routing
 from remix_model.saving import WholeSaves
 from remix_model.site import find_sites, mix_seed
@@ -65,6 +71,12 @@ class ReMixTrainerMixin(WholeSaves):
                 "baseline needs at least 2 (or freeze the routers with requires_grad_(False))"
             )
         self.loss_is_scaled_for_ga = True
+        if self.is_deepspeed_enabled and given.remix_selection_chunk_size is not None:
+            raise ValueError(
+                f"remix_selection_chunk_size={given.remix_selection_chunk_size}: DeepSpeed runs "
+                "backward passes by itself, and chunks need their own; leave it out (fewer "
+                "remix_grad_selections save as much), or use FSDP version 2"
+            )
         if self.accelerator.is_fsdp2 and given.remix_selection_chunk_size is not None:
             # Gradients of chunks would be added to those that FSDP2 holds back meanwhile.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
@@ -387,7 +399,8 @@ class ReMixTrainer(ReMixTrainerMixin, Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's, with the loss weighted by tokens rather than by batches."""
         self._eval_sums = [torch.zeros((), device=self.args.device) for _ in range(2)]
-        output = super().evaluation_loop(*args, **kwargs)
+        with whole_before_training(self.accelerator, self._module(), self.args.device):
+            output = super().evaluation_loop(*args, **kwargs)
         total, count = self.accelerator.reduce(torch.stack(self._eval_sums).float())
         if output.metrics is not None and float(count) > 0:
             prefix = kwargs.get("metric_key_prefix", "eval")

@@ -55,6 +55,8 @@ def _sharded_rank(rank, folder):
             fully_shard(block)
         fully_shard(model)
         assert all(isinstance(p, torch.distributed.tensor.DTensor) for p in model.parameters())
+        kept = sum(p.to_local().numel() for p in model.parameters())
+        assert 2 * kept == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.05)
         for name, options in CASES.items():
             waits = contextlib.nullcontext if "selection_chunk_size" in options else no_sync(model)
             steps(model, batches, group, waits, **options)
@@ -136,8 +138,12 @@ def _training_rank(rank, folder, options, checkpoint):
         f"{folder}/run", **ARGUMENTS, **options, fsdp=True, remix_selection_parallel=ranks
     )
     seem_to_have_gpus(args)
-    trainer = ReMixTrainer(model=model, args=args, data_collator=collate, train_dataset=data)
+    trainer = ReMixTrainer(
+        model=model, args=args, data_collator=collate, train_dataset=data, eval_dataset=data
+    )
+    before = trainer.evaluate()["eval_loss"]  # as `remix train` does
     trainer.train(resume_from_checkpoint=checkpoint)
+    assert 0 < abs(trainer.evaluate()["eval_loss"] - before) < 0.05 * before
     assert trainer.accelerator.is_fsdp2
     assert all(isinstance(p, torch.distributed.tensor.DTensor) for p in model.parameters())
     trainer.save_model(f"{folder}/{'resumed' if checkpoint else 'from-start'}")
