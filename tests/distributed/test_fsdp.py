@@ -143,9 +143,9 @@ def _training_rank(rank, folder, options, checkpoint):
     )
     before = trainer.evaluate()["eval_loss"]  # as `remix train` does
     trainer.train(resume_from_checkpoint=checkpoint)
-    assert 0 < abs(trainer.evaluate()["eval_loss"] - before) < 0.05 * before
     assert trainer.accelerator.is_fsdp2
     assert all(isinstance(p, torch.distributed.tensor.DTensor) for p in model.parameters())
+    assert 0 < abs(trainer.evaluate()["eval_loss"] - before) < 0.05 * before
     trainer.save_model(f"{folder}/{'resumed' if checkpoint else 'from-start'}")
 
 
