@@ -10,8 +10,8 @@ A the adapters' and routers', h the hidden size, V the vocabulary:
 
 A forward pass is their sum. The backward pass has the linears and the head once more, because what
 is frozen takes no gradient, and adapters and attention twice. Gradient checkpointing runs all but
-the head forward again. A step has all of this for G selections, and a forward pass for M - G. Within a fifth of what torch counts
-for small models: tests/distributed/test_plan.py.
+the head forward again. A step has all of this for G selections, and a forward pass for M - G.
+Within a fifth of what torch counts for small models: tests/distributed/test_plan.py.
 """
 
 from __future__ import annotations
