@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.bench_profile import KINDS, kind_of, ops_of, ranges, times_of
+from benchmarks.bench_profile import KINDS, kind_of, ops_of, profiling_cost_ns, ranges, times_of
 from remix_model import RoutedLoRALinear, sample_routing
 
 N, R, VOCABULARY = 6, 7, 89
@@ -39,8 +39,7 @@ def step():
 
 
 def test_every_kind_is_found(step):
-    found, plain = times_of(step, VOCABULARY, N * R)
-    assert plain > 0
+    found = times_of(step, VOCABULARY, N * R)
     assert set(found) <= set(KINDS)
     missing = set(KINDS) - set(found)
     assert missing == {"attention", "LoRA"}
@@ -81,3 +80,12 @@ def test_decoding_is_told_apart():
     assert found.count(("aten::addmv_", "expand")) == 2 * 2
     assert found.count(("aten::topk", "sampling")) == 2
     assert found.count(("aten::linear", "base GEMM")) == 2
+
+
+def test_what_profiling_costs_is_taken_off(step):
+    """A cost far above any operator's time leaves only what calls no others."""
+    cost = profiling_cost_ns(300)
+    assert 0 < cost < 1_000_000
+    found = times_of(step, VOCABULARY, N * R, cost_ns=10**9)
+    assert found["our Python"] == 0.0
+    assert found["base GEMM"] > 0.0
