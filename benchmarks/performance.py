@@ -198,7 +198,7 @@ def kinds(rows: list[Row]) -> list[str]:
             total.append(f"{sum(shares):.1%}")
         body.append(["ours, not a product", *total])
         lines += [
-            f"{part}, ms {unit}, what the profiler adds taken off:",
+            f"{part}, ms {unit}, without what the profiler adds:",
             "",
             *table(["kind", *variants], body),
         ]
