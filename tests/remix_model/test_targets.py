@@ -118,13 +118,12 @@ def test_unknown_architecture_asks_for_targets():
         ({"target_modules": []}, r"leaves nothing to adapt"),
         ({"target_modules": r"ffn_\d"}, r"'target_modules': 'ffn_.*leaves nothing to adapt"),
         ({"layers_to_transform": [7]}, r"'layers_to_transform': \[7\].*nothing to adapt"),
-        ({"layers_to_transform": -1}, r"'layers_to_transform': -1.*nothing to adapt"),
         (
             {"target_modules": ["up_proj"], "exclude_modules": ["up_proj"]},
             r"'exclude_modules': \{'up_proj'\}.*nothing to adapt",
         ),
     ],
-    ids=["one-unmatched", "all-unmatched", "empty", "regex", "layer-7", "layer--1", "all-excluded"],
+    ids=["one-unmatched", "all-unmatched", "empty", "regex", "layer-7", "all-excluded"],
 )
 def test_targets_that_are_not_there(options, message, make_llama):
     with pytest.raises(ValueError, match=f"{message}.*{LINEARS}"):
