@@ -42,7 +42,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
-        self._tokens_before = self._tokens = state.num_input_tokens_seen
+        self._tokens_before = self._tokens = _tokens_seen(args, state)
         if state.is_world_process_zero:
             self._training = _bar("training", state.max_steps, state.global_step)
 
@@ -54,7 +54,7 @@ class ProgressCallback(TrainerCallback):
         """Stop the step's clock and advance the bar."""
         self.step_seconds += time.perf_counter() - self._step_start
         self.steps += 1
-        self._tokens = state.num_input_tokens_seen
+        self._tokens = _tokens_seen(args, state)
         if self._training is not None:
             self._training.update(self._training.task_ids[0], completed=state.global_step)
 
@@ -119,3 +119,8 @@ def _bar(description: str, total: int, completed: int) -> Progress:
     bar.add_task(description, total=total, completed=completed)
     bar.start()
     return bar
+
+
+def _tokens_seen(args: Any, state: Any) -> int:
+    """Of the data: ranks that share a batch's selections have all counted it."""
+    return int(state.num_input_tokens_seen) // int(args.remix_selection_parallel)

@@ -58,7 +58,7 @@ _LEFT_FILES = re.compile(rf"\.({re.escape(CONFIG_FILE)}|{re.escape(METRICS_FILE)
 _CHECKPOINT_FILES = (
     "adapter_model.safetensors",
     "adapter_config.json",
-    "optimizer.pt",
+    "optimizer*",  # .pt; under FSDP .bin, or a folder
     "scheduler.pt",
     "rng_state*.pth",  # one for each process
     "trainer_state.json",  # the last file that is written

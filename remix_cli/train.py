@@ -166,7 +166,8 @@ def _run(
 
     if routing is not None and loss_before is not None and loss_after is not None:
         print_routing("Routing on the held-out data", routing, config.top_k)
-        _print_samples(model, plan.tokenizer, plan.held_out, config)
+        if not trainer.accelerator.is_fsdp2:  # where all ranks would have to take part
+            _print_samples(model, plan.tokenizer, plan.held_out, config)
         losses = [("before (base model)", loss_before), ("after", loss_after)]
         print_losses(f"Held-out loss ({len(held_out_rows)} examples)", losses)
     keys = ("train_steps", "train_seconds", "tokens_per_s", "peak_rss_mib", "peak_cuda_mib")

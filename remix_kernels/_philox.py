@@ -39,7 +39,8 @@ def philox_uint32(seed: int, offset: int, rows: int, columns: int, device: torch
     c2 = torch.arange(blocks, device=device, dtype=torch.int64).expand(rows, blocks).contiguous()
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
-    low_half = torch.tensor(_MASK32, device=device)  # a number would be made a tensor every time
+    # A number would be made a tensor every time.
+    low_half = torch.full((), _MASK32, dtype=torch.int64, device=device)
     for _ in range(PHILOX_ROUNDS):
         p0, p1 = c0.mul_(_MULTIPLIER_0), c2.mul_(_MULTIPLIER_1)
         c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(low_half)

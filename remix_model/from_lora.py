@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -48,8 +49,6 @@ class SavedLora:
 
     def scaling(self, name: str) -> float:
         """What multiplies B A x in the linear `name`."""
-        from peft.utils.other import get_pattern_key
-
         pattern = self.config.alpha_pattern or {}
         alpha = pattern.get(get_pattern_key(list(pattern), name), self.config.lora_alpha)
         rank = self.ranks[name]
@@ -110,11 +109,13 @@ def pool_config(loras: Sequence[SavedLora], config: ReMixConfig) -> ReMixConfig:
         )
     for lora in loras:
         _check_linears(str(lora.folder), set(lora.ranks), str(loras[0].folder), set(loras[0].ranks))
-        name, rank = max(lora.ranks.items(), key=lambda item: item[1])
-        if rank > config.r:
-            raise ValueError(
-                f"r={config.r}, and the LoRA in {lora.folder} has rank {rank} at {name}: raise r"
-            )
+        for name, rank in lora.ranks.items():
+            r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+            if rank > r:
+                raise ValueError(
+                    f"r={r}, and the LoRA in {lora.folder} has rank {rank} at {name}: raise r, or "
+                    "its rank_pattern"
+                )
     config = copy.copy(config)
     if config.target_modules is None:
         config.target_modules = set(loras[0].ranks)  # type: ignore[assignment]  # as PEFT keeps it

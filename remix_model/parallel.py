@@ -238,13 +238,14 @@ class SelectionGroup:
                 "selection_mesh, not by rank"
             )
         every = self._gather(own)
+        failed = self._gather(own.new_full((1,), float(error is not None)))
         if error is not None:
             raise error
-        for rank, theirs in enumerate(every):
-            if not bool(torch.isfinite(theirs).all()):
+        for rank, bad in enumerate(failed):
+            if bool(bad):
                 raise NonFiniteError(
-                    f"a loss on rank {rank} of selection_group is not finite, and with it every "
-                    "advantage; that rank's message names the layer"
+                    f"rank {rank} of selection_group found numbers that are not finite, which "
+                    "would reach every advantage; its message names the layer"
                 )
         spread = {
             self._selection(i, rank): loss

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,16 +141,18 @@ def publish(partial: Path, place: Path) -> None:
     """Bring a folder to the disk and give it its name.
 
     What has that name already, a damaged checkpoint or another run's, is replaced. On a disk
-    that several machines share, another one may have done all this.
+    that several machines share, the first to rename it does all this, and the others nothing.
     """
-    if not partial.is_dir():
+    claimed = partial.with_name(f"{partial.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        partial.rename(claimed)
+    except FileNotFoundError:
         return
-    for path in sorted(partial.rglob("*")):
+    for path in sorted(claimed.rglob("*")):
         _to_disk(path)
-    _to_disk(partial)
+    _to_disk(claimed)
     discard(place)
-    with suppress(FileNotFoundError):
-        partial.rename(place)
+    claimed.rename(place)
     _to_disk(place.parent)
 
 

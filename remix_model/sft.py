@@ -48,6 +48,8 @@ class ReMixSFTTrainer(ReMixTrainerMixin, SFTTrainer):
         """The mixin's; counts `num_tokens`, which TRL logs, without the selections."""
         if model.training:
             mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-            self._total_train_tokens += int(self.accelerator.gather_for_metrics(mask.sum()).sum())
+            seen = int(self.accelerator.gather_for_metrics(mask.sum()).sum())
+            ranks = self.args.remix_selection_parallel  # type: ignore[attr-defined]
+            self._total_train_tokens += seen // ranks  # which have the same batch
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return super().compute_loss(model, inputs, *args, **kwargs)

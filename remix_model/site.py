@@ -383,7 +383,8 @@ class RoutingSite:
         index = sample_top_k(logits, self.top_k, seed=seed, offset=offset, check=False)
         if folded.sampled is not None and not self.per_sequence:
             drawn = folded.sampled.to(logits.device).view(*lead, 1)
-            index = torch.where(drawn, index, self._choose(logits).to(index.dtype))
+            largest = logits.topk(self.top_k, dim=-1).indices
+            index = torch.where(drawn, index, largest.to(index.dtype))
         return index
 
     def _recompute(self, x: Tensor, router: Tensor, training: bool) -> Selection:

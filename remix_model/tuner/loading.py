@@ -61,8 +61,10 @@ def refuse_strays(model: Any, names: Iterable[str], known: tuple[str, ...]) -> N
         names: Of the weights to be loaded, as the model names them.
         known: What stands in the names of weights that are the adapter's.
     """
-    getters = (getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output"))
-    shared = [get() for get in getters if get is not None]
+    shared = []
+    for kind in ("input", "output"):
+        with suppress(AttributeError, NotImplementedError):  # not every model has them
+            shared.append(getattr(model, f"get_{kind}_embeddings")())
     embeddings = [f"{name}." for name, part in model.named_modules() if part in shared]
     known = (*known, ".modules_to_save.", ".token_adapter.", *embeddings)
     strays = sorted(name for name in names if not any(part in name for part in known))
@@ -146,14 +148,14 @@ def _guarded(load: Callable[..., Any], names: tuple[str, str]) -> Callable[..., 
         given = signature.bind(*args, **kwargs).arguments
         place, name = given.get(place_name), given.get("adapter_name") or "default"
         options = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
-        model = given.get("self")
+        model = given.get("self", given.get("model"))
         config = given.get(config_name) or _adapters(model).get(name)
         ours = isinstance(config, ReMixConfig) or (config is None and _is_ours(place, options))
         if place is None or not ours or _loading.get() is not None:
             return load(*args, **kwargs)
         with _named(place), _taken_back(model, name), _checked(place, options, config):
             result = load(*args, **kwargs)
-            _require_all(result)
+            _require_all(result, name)
         return result
 
     return load_guarded
@@ -174,14 +176,27 @@ def _named(place: Any) -> Iterator[None]:
 @contextmanager
 def _taken_back(model: Any, name: str) -> Iterator[None]:
     """Leave no adapter in the model whose weights did not come."""
-    known = name in _adapters(model)
+    before = set(_adapters(model))
     try:
         yield
     except Exception:
-        if not known and name in _adapters(model):
-            with suppress(Exception):  # the first error is the one to tell
+        with suppress(Exception):  # the first error is the one to tell
+            if name in _adapters(model) and not before:
+                _unwrap(model)
+            elif name in set(_adapters(model)) - before:
                 model.delete_adapter(name)
         raise
+
+
+def _unwrap(model: Any) -> None:
+    """Take a first adapter's layers out of a model again."""
+    from remix_model.tuner.layer import ReMixLayer
+
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, ReMixLayer)]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base_layer)
+    if "peft_config" in model.__dict__:
+        del model.peft_config
 
 
 @contextmanager
@@ -226,15 +241,20 @@ def _adapters(model: Any) -> Mapping[str, Any]:
     return getattr(model, "peft_config", None) or {}
 
 
-def _require_all(result: Any) -> None:
+def _require_all(result: Any, adapter_name: str) -> None:
     """Raise ValueError when transformers, which only logs it, missed weights or did not know some.
 
     Args:
         result: What a door gave back: PEFT's refuse by themselves.
+        adapter_name: Whose weights; others' and the base model's may be named too.
     """
     for kind in ("missing", "unexpected", "mismatched"):
-        names = getattr(result, f"{kind}_keys", None)
-        if isinstance(names, (set, list)) and names:
+        found = getattr(result, f"{kind}_keys", None)
+        found = found if isinstance(found, (set, list)) else ()
+        names = [key for key in found if ".remix_" in str(key)]
+        if kind == "missing":
+            names = [key for key in names if str(key).endswith(f".{adapter_name}")]
+        if names:
             raise ValueError(f"{len(names)} tensors are {kind}, {min(names, key=str)} for one")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from remix_model.architecture import is_compiled
 from remix_model.tuner.layer import ReMixLayer, wrong_length
 
 BASE = "__base__"
@@ -76,7 +77,17 @@ def _check(model: nn.Module, names: Sequence[str], layers: Sequence[ReMixLayer])
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are "
             f"{', '.join(sorted(known))}, and {BASE!r} for none"
         )
-    if any(site.state is not None for layer in layers for site, _ in layer.active_sites().values()):
+    if is_compiled(model):
+        raise ValueError(
+            "adapter_names= does not reach blocks that are compiled by themselves: compile the "
+            "whole PEFT model, or none of it"
+        )
+    sites = [site for layer in layers for site, _ in layer.active_sites().values()]
+    if any(site.records for site in sites):
+        raise ValueError(
+            "adapter_names= does not go with record_routing: record one adapter's rows at a time"
+        )
+    if any(site.state is not None for site in sites):
         raise ValueError(
             "adapter_names= takes the top k of every row's adapter and does not go with "
             "sample_routing: call the model outside of it"

@@ -278,6 +278,9 @@ def replace_weights(
             f"only routed adapters are exchanged in place, and this one holds {others[0]} too: use "
             "load_adapter, under another name"
         )
+    damaged = [key for key, tensor in loaded.items() if not bool(tensor.isfinite().all())]
+    if damaged:
+        raise ValueError(f"{damaged[0]} holds numbers that are not finite")
     with torch.no_grad():
         for key, tensor in loaded.items():
             model.get_parameter(key).copy_(tensor)

@@ -6,8 +6,9 @@ import functools
 import os
 from typing import Any
 
+from remix_model.tuner.adapter_files import check_weights
 from remix_model.tuner.config import PEFT_TYPE, ReMixConfig
-from remix_model.tuner.loading import guard_doors
+from remix_model.tuner.loading import guard_doors, weights_file
 from remix_model.tuner.model import ReMixModel, replace_weights
 
 
@@ -85,4 +86,13 @@ def _enable_hotswap() -> None:
         else:
             swap(model, state_dict, adapter_name, config, *args, **kw)
 
+    swap_adapter = hotswap.hotswap_adapter
+
+    @functools.wraps(swap_adapter)
+    def swap_checked(model: Any, place: Any, adapter_name: str, *args: Any, **kw: Any) -> None:
+        if isinstance(getattr(model, "peft_config", {}).get(adapter_name), ReMixConfig):
+            check_weights(weights_file(place, kw))
+        swap_adapter(model, place, adapter_name, *args, **kw)
+
     setattr(hotswap, swap.__name__, swap_weights)
+    setattr(hotswap, swap_adapter.__name__, swap_checked)

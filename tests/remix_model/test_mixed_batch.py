@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from remix_model import ReMixConfig, sample_routing
+from remix_model import ReMixConfig, record_routing, sample_routing
 from tests.remix_model.test_prefix import make_tiny
 
 NAMES = ["other", "__base__", "default", "other"]
@@ -162,6 +162,15 @@ def test_refused_in_training_and_sampling(make_two, batch):
             model(**folded, adapter_names=NAMES * 2)
     with pytest.raises(ValueError, match=r"in training mode. Call model.eval"):
         model.train()(**batch, adapter_names=NAMES)
+
+
+def test_refused_where_names_would_be_lost(make_two, batch):
+    model = make_two()
+    with record_routing(model), pytest.raises(ValueError, match="does not go with record_routing"):
+        model(**batch, adapter_names=NAMES)
+    model.base_model.model.model.layers[0].compile(backend="eager")
+    with pytest.raises(ValueError, match="does not reach blocks that are compiled"):
+        model(**batch, adapter_names=NAMES)
 
 
 def test_disabled_adapters_come_first(make_two, make_llama, batch):

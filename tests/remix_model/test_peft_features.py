@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_layer_status, get_model_status, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
 
 from remix_model import ReMixConfig, token_losses
 from remix_model.site import find_sites
@@ -84,6 +85,21 @@ def test_hotswap(sharing, other, make_remix, make_batch):
     hotswap_adapter(model, folder, adapter_name="default", torch_device="cpu")
     assert torch.equal(logits(model, batch), want)
     assert {name: p.data_ptr() for name, p in own_parameters(model).items()} == places
+
+
+def test_hotswap_checks_the_file(other, make_remix, make_batch):
+    folder, _ = other()
+    model, batch = make_remix().eval(), make_batch()
+    before = logits(model, batch)
+    weights = load_file(folder / "adapter_model.safetensors")
+    next(iter(weights.values())).view(-1)[3] = float("nan")
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="numbers that are not finite"):
+        hotswap_adapter(model, folder, adapter_name="default", torch_device="cpu")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="a pickle that can run code"):
+        hotswap_adapter(model, folder, adapter_name="default", torch_device="cpu")
+    assert torch.equal(logits(model, batch), before)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +206,43 @@ def test_deletion_leaves_nothing(make_remix):
 @pytest.fixture
 def make_fp32(make_llama):
     return lambda: make_llama(dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["b", "lora", "default_2"])
+def test_names_that_are_in_other_names(name, other, make_remix, make_batch):
+    """What is missing is looked for by the adapter's whole name."""
+    folder, want = other()
+    model, batch = make_remix().eval(), make_batch()
+    model.load_adapter(str(folder), name)
+    model.load_adapter(str(folder), "default")
+    model.set_adapter(name)
+    assert torch.equal(logits(model, batch), want)
+
+
+def test_a_failure_leaves_the_base_model_as_it_was(other, make_llama, make_batch):
+    folder, _ = other()
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights.pop(next(iter(weights)))
+    save_file(weights, folder / "adapter_model.safetensors")
+    base, batch = make_llama().eval(), make_batch()
+    before, names = logits(base, batch), dict(base.named_modules()).keys()
+    with pytest.raises(ValueError, match="lacks"):
+        PeftModel.from_pretrained(base, str(folder))
+    assert dict(base.named_modules()).keys() == names
+    assert torch.equal(logits(base, batch), before)
+
+
+def test_models_without_embeddings_load(make_llama, make_remix, make_batch, tmp_path, monkeypatch):
+    model, batch = make_remix().eval(), make_batch()
+    model.save_pretrained(tmp_path)
+    base = make_llama()
+
+    def none():
+        raise NotImplementedError
+
+    monkeypatch.setattr(base, "get_input_embeddings", none)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
 def test_transformers_load_adapter(make_fp32, make_remix, make_batch, tmp_path):

@@ -42,6 +42,23 @@ def test_publish_finds_that_another_machine_has_done_it(tmp_path: Path) -> None:
     assert names(tmp_path / "checkpoint-4") == {"new"}
 
 
+def test_machines_on_one_disk_publish_once(tmp_path: Path, monkeypatch) -> None:
+    """The other one comes while the first brings files to the disk."""
+    partial, place = tmp_path / ".partial" / "checkpoint-4", tmp_path / "checkpoint-4"
+    make(partial, "new")
+    to_disk, calls = saving._to_disk, []
+
+    def meanwhile(path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            saving.publish(partial, place)
+        to_disk(path)
+
+    monkeypatch.setattr(saving, "_to_disk", meanwhile)
+    saving.publish(partial, place)
+    assert names(place) == {"new"}
+
+
 def test_everything_is_on_the_disk_before_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +77,9 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "rename", note_rename)
     saving.publish(tmp_path / ".partial" / "checkpoint-4", tmp_path / "checkpoint-4")
-    assert events == ["a", "b", "checkpoint-4", "-> checkpoint-4", tmp_path.name]
+    claimed = events[0].removeprefix("-> ")
+    assert claimed.startswith("checkpoint-4.")
+    assert events[1:] == ["a", "b", claimed, "-> checkpoint-4", tmp_path.name]
 
 
 def test_replaced_files_leave_the_others_alone(tmp_path: Path) -> None:
