@@ -251,11 +251,18 @@ def _require_all(result: Any, adapter_name: str) -> None:
     for kind in ("missing", "unexpected", "mismatched"):
         found = getattr(result, f"{kind}_keys", None)
         found = found if isinstance(found, (set, list)) else ()
-        names = [key for key in found if ".remix_" in str(key)]
+        names = [str(key) for key in found]
         if kind == "missing":
-            names = [key for key in names if str(key).endswith(f".{adapter_name}")]
+            names = [key for key in names if _is_of(key, adapter_name)]
         if names:
-            raise ValueError(f"{len(names)} tensors are {kind}, {min(names, key=str)} for one")
+            raise ValueError(f"{len(names)} tensors are {kind}, {min(names)} for one")
+
+
+def _is_of(key: str, adapter_name: str) -> bool:
+    """Whether a weight is that adapter's own."""
+    own = ".remix_" in key and key.endswith(f".{adapter_name}")
+    others = (f".modules_to_save.{adapter_name}.", f".trainable_tokens_delta.{adapter_name}")
+    return own or any(part in key for part in others)
 
 
 def _is_ours(place: Any, options: Mapping[str, Any]) -> bool:

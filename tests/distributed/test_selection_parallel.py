@@ -176,7 +176,7 @@ def _refused_rank(rank, folder):
     with sample_routing(model, seed=0, selection_group=group) as routing:
         losses, mask = token_losses(model, routing.expand(batch))
         bad = losses.detach() * (float("nan") if rank else 1.0)
-        name = "input 0 under selection 2" if rank else "a loss on rank 1"
+        name = "input 0 under selection 2" if rank else "rank 1 of selection_group"
         with pytest.raises(NonFiniteError, match=name):
             routing.loss(bad, mask)
 
