@@ -68,6 +68,8 @@ def refuse_strays(model: Any, names: Iterable[str], known: tuple[str, ...]) -> N
     embeddings = [f"{name}." for name, part in model.named_modules() if part in shared]
     known = (*known, ".modules_to_save.", ".token_adapter.", *embeddings)
     strays = sorted(name for name in names if not any(part in name for part in known))
+    if _loading.get() is None:  # a state that the caller holds: biases as PEFT takes them
+        strays = [name for name in strays if not name.endswith("bias")]
     if strays:
         raise ValueError(
             f"the adapter holds unknown {strays[0]} ({len(strays)} tensors): they are not weights "
