@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -165,17 +166,23 @@ def write_rows(name: str, rows: Sequence[dict[str, object]]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     where = environment()
     full = [{**where, **row} for row in rows]
-    before: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            before = list(csv.DictReader(file))
-    columns = list(dict.fromkeys([*(before[0] if before else ()), *full[0]]))
-    if not before or columns != list(before[0]):
-        _write_table(path, columns, [*before, *full])
-    else:
+    header = _read_table(path, 0)[0]
+    columns = list(dict.fromkeys([*header, *full[0]]))
+    if columns == header:
         with path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, columns, restval="").writerows(full)
+    else:
+        _write_table(path, columns, [*_read_table(path)[1], *full])
     return path
+
+
+def _read_table(path: Path, most: int | None = None) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns and the first rows of a table; none of either if it is not there."""
+    if not path.exists():
+        return [], []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        return list(reader.fieldnames or ()), list(islice(reader, most))
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
@@ -194,11 +201,8 @@ def replace_rows(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
 
 def rows_of(name: str, *keys: str) -> list[dict[str, str]]:
     """The last row for each combination of keys in results/<name>.csv; none if it is not there."""
-    path = RESULTS / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return list({tuple(row[k] for k in keys): row for row in csv.DictReader(file)}.values())
+    rows = _read_table(RESULTS / f"{name}.csv")[1]
+    return list({tuple(row[key] for key in keys): row for row in rows}.values())
 
 
 def table(head: list[str], body: list[list[str]]) -> list[str]:

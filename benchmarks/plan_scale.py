@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from remix_cli.memory import estimate_memory
+from remix_cli.memory import at_once, estimate_memory
 from remix_cli.throughput import step_flops
 from remix_model.options import SamplingOptions
 
@@ -59,11 +59,8 @@ def cell(model: Any, shards: int, options: SamplingOptions, checkpointing: bool)
     plan = options.plan(detached=True, checkpointed=checkpointing)
     estimate = estimate_memory(
         model,
-        selections_at_once=max(part.count for part in plan if part.grad),
-        forward_only_at_once=max((part.count for part in plan if not part.grad), default=0),
-        collected_at_once=max((part.count for part in plan if part.collect), default=0),
+        **at_once(plan),
         router_blocks=options.credit_blocks,
-        held_gradients=any(part.grad and not part.last for part in plan),
         batch_size=1,
         tokens=TOKENS,
         labelled_tokens=LABELLED,

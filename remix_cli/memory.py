@@ -36,9 +36,12 @@ or its gradients are scattered it is there twice: three of the largest block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from remix_model.parts import Part
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,16 @@ class MemoryEstimate:
     def total(self) -> float:
         """All parts together."""
         return sum(asdict(self).values())
+
+
+def at_once(plan: Sequence[Part]) -> dict[str, Any]:
+    """What of a step's parts is in memory together, as `estimate_memory` takes it."""
+    return {
+        "selections_at_once": max(part.count for part in plan if part.grad),
+        "forward_only_at_once": max((part.count for part in plan if not part.grad), default=0),
+        "collected_at_once": max((part.count for part in plan if part.collect), default=0),
+        "held_gradients": any(part.grad and not part.last for part in plan),
+    }
 
 
 def estimate_memory(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from remix_cli.display import console, print_facts
-from remix_cli.memory import estimate_memory
+from remix_cli.memory import at_once, estimate_memory
 from remix_cli.prepare import prepare, quiet_libraries, skeleton
 from remix_cli.run_folder import resolve_config
 from remix_model.site import RoutedModule
@@ -60,24 +60,22 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
         checkpointed=config.gradient_checkpointing,
         ranks=config.selection_parallel,
     )
-    at_once = max(part.count for part in plan_of_step if part.grad)
+    together = at_once(plan_of_step)
     estimate = estimate_memory(
         model,
-        selections_at_once=at_once,
-        forward_only_at_once=max((p.count for p in plan_of_step if not p.grad), default=0),
-        collected_at_once=max((p.count for p in plan_of_step if p.collect), default=0),
+        **together,
         router_blocks=options.credit_blocks,
         batch_size=config.per_device_train_batch_size,
         tokens=max(len(row["input_ids"]) for row in rows),
         labelled_tokens=max(sum(label != -100 for label in row["labels"]) for row in rows),
         experts_width=len(linears) * config.num_experts * (config.r + 2),
-        held_gradients=any(part.grad and not part.last for part in plan_of_step),
         gradient_checkpointing=config.gradient_checkpointing,
         activation_bytes=2 if config.bf16 or dtype.itemsize == 2 else 4,
         on_cpu=device == "cpu",
     )
     parts = {**asdict(estimate), "total": estimate.total}
-    title = f"Estimated memory of a step with M = {config.num_selections}, {at_once} at once (MiB)"
+    count = together["selections_at_once"]
+    title = f"Estimated memory of a step with M = {config.num_selections}, {count} at once (MiB)"
     print_facts(title, [(part, round(size / 2**20)) for part, size in parts.items()])
     console.print("the configuration is valid; nothing was changed")
 

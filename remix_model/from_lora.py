@@ -21,7 +21,13 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from remix_model.tuner.adapter_files import CONFIG_NAME, check_weights, read_config
+from remix_model.tuner.adapter_files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Shapes,
+    check_weights,
+    read_config,
+)
 from remix_model.tuner.config import ReMixConfig
 from remix_model.tuner.layer import ReMixLayer
 from remix_model.tuner.loading import weights_file
@@ -123,7 +129,7 @@ def pool_config(loras: Sequence[SavedLora], config: ReMixConfig) -> ReMixConfig:
 
 
 def read_lora(directory: str | Path) -> SavedLora:
-    """Read a LoRA's configuration and shapes, but no weights.
+    """Read a LoRA's configuration and shapes, and check its weights.
 
     Raises:
         ValueError: It is no LoRA, one that a pool cannot hold, or damaged.
@@ -134,11 +140,11 @@ def read_lora(directory: str | Path) -> SavedLora:
     kind = read_config(folder / CONFIG_NAME).get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{folder} holds an adapter of type {kind!r}: the pool is made of LoRAs")
-    check_weights(weights_file(folder, {}))
+    shapes = check_weights(weights_file(folder, {}))
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'adapter_config.json'} is no LoRA's: {error}") from None
+        raise ValueError(f"{folder / CONFIG_NAME} is no LoRA's: {error}") from None
     plain = LoraConfig()
     for item in fields(LoraConfig):
         value = getattr(config, item.name)
@@ -155,28 +161,27 @@ def read_lora(directory: str | Path) -> SavedLora:
             "changes the base model's weights too: convert it to a plain LoRA first (PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...))"
         )
-    return SavedLora(folder, config, _ranks(folder))
+    return SavedLora(folder, config, _ranks(folder, shapes))
 
 
-def _ranks(folder: Path) -> dict[str, int]:
-    """The rank at every linear, by name, from the file's header."""
-    shapes: dict[str, dict[str, list[int]]] = {}
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118  it is no dictionary
-            name, _, kind = key.removeprefix(_ROOT).rpartition(".lora_")
-            if kind not in ("A.weight", "B.weight") or not key.startswith(_ROOT):
-                raise ValueError(
-                    f"the LoRA in {folder} holds {key}, which is no linear's A or B: a pool of "
-                    "LoRAs cannot hold it"
-                )
-            shapes.setdefault(name, {})[kind[0]] = file.get_slice(key).get_shape()
-    for name, pair in shapes.items():
+def _ranks(folder: Path, shapes: Shapes) -> dict[str, int]:
+    """The rank at every linear, by name."""
+    pairs: dict[str, dict[str, list[int]]] = {}
+    for key, shape in shapes.items():
+        name, _, kind = key.removeprefix(_ROOT).rpartition(".lora_")
+        if kind not in ("A.weight", "B.weight") or not key.startswith(_ROOT):
+            raise ValueError(
+                f"the LoRA in {folder} holds {key}, which is no linear's A or B: a pool of "
+                "LoRAs cannot hold it"
+            )
+        pairs.setdefault(name, {})[kind[0]] = list(shape)
+    for name, pair in pairs.items():
         a, b = pair.get("A", []), pair.get("B", [])
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
             raise ValueError(f"the LoRA in {folder} has A {a} and B {b} at {name}: no LoRA's")
-    if not shapes:
+    if not pairs:
         raise ValueError(f"the LoRA in {folder} adapts nothing: its weights are empty")
-    return {name: pair["A"][0] for name, pair in shapes.items()}
+    return {name: pair["A"][0] for name, pair in pairs.items()}
 
 
 def _check_linears(what: str, linears: set[str], other: str, others: set[str]) -> None:
@@ -203,7 +208,7 @@ def _warn_of_another_base(loras: Sequence[SavedLora], base: nn.Module) -> None:
 
 def _fill(layers: dict[str, ReMixLayer], expert: int, lora: SavedLora) -> None:
     """Copy a LoRA into its place in every layer's pool, in which B is zero."""
-    with safe_open(lora.folder / "adapter_model.safetensors", "pt") as file:
+    with safe_open(lora.folder / WEIGHTS_NAME, "pt") as file:
         for name, layer in layers.items():
             a: Tensor = file.get_tensor(f"{_ROOT}{name}.lora_A.weight")
             b: Tensor = file.get_tensor(f"{_ROOT}{name}.lora_B.weight")
@@ -214,8 +219,6 @@ def _fill(layers: dict[str, ReMixLayer], expert: int, lora: SavedLora) -> None:
                     f"{b.shape[0]} for the LoRA in {lora.folder}, which was trained on "
                     f"{lora.config.base_model_name_or_path!r}: load that model"
                 )
-            if not (a.isfinite().all() and b.isfinite().all()):
-                raise ValueError(f"{name} holds numbers that are not finite in {lora.folder}")
             rank = a.shape[0]
             layer.remix_lora_A["default"][expert, :rank].copy_(a)
             scale = lora.scaling(name) / layer.scaling["default"]
