@@ -160,4 +160,5 @@ def _largest_block(model: Any) -> int:
 def _routers(model: Any) -> list[Any]:
     from remix_model.site import find_sites
 
-    return [site.router_weight for site in find_sites(model).values()]
+    weights = (site.router_weight for site in find_sites(model).values())
+    return [weight for weight in weights if weight is not None]

@@ -11,6 +11,7 @@ from typing import Any
 
 from remix_model.layer import RoutedLoRALinear
 from remix_model.rloo import rloo_surrogate
+from remix_model.routers import Router, register_router
 from remix_model.routing import force_selection, sample_routing
 from remix_model.stats import RoutingStats, record_routing
 
@@ -34,9 +35,11 @@ _LAZY = {
 
 __all__ = [
     "RoutedLoRALinear",
+    "Router",
     "RoutingStats",
     "force_selection",
     "record_routing",
+    "register_router",
     "rloo_surrogate",
     "sample_routing",
     *sorted(_LAZY),

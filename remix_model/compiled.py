@@ -58,6 +58,7 @@ def is_top_k_only(site: RoutingSite, training: bool) -> bool:
     """Whether nothing draws, forces, records, or may be recomputed: what a compiler guards on."""
     return (
         site.state is None
+        and not site.router.random
         and site.forced is None
         and not site.records
         and site.replaying is None
@@ -71,7 +72,7 @@ def is_top_k_only(site: RoutingSite, training: bool) -> bool:
     "remix_model::choose", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
 def choose(
-    x: Tensor, router: Tensor, site: Tensor, top_k: int, training: bool
+    x: Tensor, router: Tensor, site: Tensor, num_experts: int, top_k: int, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(top_k_index [..., k] int32, logits [..., n] fp32, number of the state: 0 if not sampled)."""
     selection = SITES.find(site).select_now(x, router, training)
@@ -82,10 +83,10 @@ def choose(
 
 @choose.register_fake
 def _(
-    x: Tensor, router: Tensor, site: Tensor, top_k: int, training: bool
+    x: Tensor, router: Tensor, site: Tensor, num_experts: int, top_k: int, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     lead = x.shape[:-1]
-    logits = x.new_empty((*lead, router.shape[0]), dtype=torch.float32)
+    logits = x.new_empty((*lead, num_experts), dtype=torch.float32)
     return x.new_empty((*lead, top_k), dtype=torch.int32), logits, torch.empty_like(site)
 
 

@@ -68,18 +68,18 @@ class DeliverRouterGradient(torch.autograd.Function):
 def router_gradient(
     site: RoutingSite, selection: Selection, router: Tensor, need_dx: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of a router [n, in], and of its input, from one selection's advantages."""
+    """The gradients of a router's parameter, and of its input, from one selection's advantages."""
     state, x, dx = selection.state, selection.x, None
     with no_autocast(router.device):  # autocast may be on around loss.backward()
-        dlogits = None if state is None else state.dlogits(selection)
+        dlogits = None if state is None else state.dlogits(site, selection)
         if dlogits is None:
             drouter = torch.zeros_like(router)
         else:
             if selection.temperature != 1.0:
                 dlogits = dlogits / selection.temperature
-            drouter = dlogits.T @ x.reshape(-1, x.shape[-1]).float()
-            if need_dx:
-                dx = (dlogits @ router.float()).view(x.shape).to(x.dtype)
+            rows = x.reshape(-1, x.shape[-1]).float()
+            drouter, dx = site.router.gradient(dlogits, rows, router.float(), need_dx)
+            dx = None if dx is None else dx.view(x.shape).to(x.dtype)
         collected = None if state is None else state.collected(site, drouter)
         if collected is not None:
             drouter = drouter + collected

@@ -74,6 +74,7 @@ def export_static_lora(
     folder = check_directory(directory)
     adapter, config = _active_adapter(model)
     sites = find_sites(model)
+    _check_constant(sites)
     chosen = _resolve(selection, model, sites)
     layers = {
         name: layer
@@ -87,6 +88,16 @@ def export_static_lora(
     (folder / "README.md").write_text(_card(config, chosen), encoding="utf-8")
     _lora_config(config, adapter, layers).save_pretrained(str(folder))  # last: now it is whole
     return chosen
+
+
+def _check_constant(sites: Mapping[str, RoutingSite]) -> None:
+    """Raise ValueError where what the experts weigh depends on the token."""
+    router = next(iter(sites.values())).router
+    if router.learned:
+        raise ValueError(
+            f"a router of type {router.name!r} weighs its experts anew for every token, which no "
+            "plain LoRA does: only fixed subsets of constant weight can be exported"
+        )
 
 
 def check_directory(directory: str | Path) -> Path:

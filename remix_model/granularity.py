@@ -38,7 +38,7 @@ class SequencePass:
         self._prompt: Tensor | None = None  # found in one of them, when a site first asked
         self._cache: Any = None
         self._reads = False
-        self._decisions: dict[tuple[int, Groups | None], Tensor] = {}
+        self._decisions: dict[tuple[int, Groups | None], Any] = {}
         self.groups: Groups | None = None
         self._signature: inspect.Signature | None = None
 
@@ -80,15 +80,15 @@ class SequencePass:
         self._batch, self._cache, self._reads = None, None, False
         self._decisions, self._prompt = {}, None
 
-    def note(self, site: RoutingSite, drawn: Tensor) -> None:
-        """A site has decided, [B, k]."""
-        self._decisions[id(site), self.groups] = drawn
+    def note(self, site: RoutingSite, decision: Any) -> None:
+        """A site has decided: [B, k], and whatever belongs to it."""
+        self._decisions[id(site), self.groups] = decision
 
-    def decided(self, site: RoutingSite) -> Tensor | None:
-        """The decision at this cache's prefill, [B, k]; None when this pass is not decoding."""
+    def decided(self, site: RoutingSite) -> Any:
+        """The decision at this cache's prefill; None when this pass is not decoding."""
         if not self._reads:
             return None
-        none: tuple[int, dict[tuple[int, Groups | None], Tensor]] = (0, {})
+        none: tuple[int, dict[tuple[int, Groups | None], Any]] = (0, {})
         owner, decisions = getattr(self._cache, "remix_decisions", none)
         key = (id(site), self.groups)
         if owner != id(self) or key not in decisions:

@@ -12,14 +12,29 @@ from torch import Tensor, nn
 
 from remix_kernels import RoutedShape, routed_linear, routed_lora
 from remix_model.decode import decode_row, is_plain
-from remix_model.site import RoutedModule, RoutingSite
+from remix_model.learned import LearnedSite
+from remix_model.routers import Router, make_router
+from remix_model.site import RoutedModule, RoutingSite, Selection
 
 GRANULARITIES = ("token", "sequence")
 
 
-def routing_scaling(lora_alpha: float, top_k: int, r: int, use_rslora: bool) -> float:
-    """Omega, that of one LoRA of rank k r: alpha / sqrt(k r) or alpha / (k r) (section 3.1)."""
-    return lora_alpha / (math.sqrt(top_k * r) if use_rslora else top_k * r)
+def routing_scaling(router: Router, lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """What weights are multiplied by: omega, or LoRA's own where they are learned.
+
+    Omega is that of one LoRA of rank k r, alpha / sqrt(k r) or alpha / (k r) (section 3.1); LoRA's
+    own is alpha / sqrt(r) or alpha / r, and learned weights are shares of it.
+    """
+    rank = r if router.learned else router.top_k * r
+    return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def make_site(
+    router: Router, temperature: float, *, detached: bool, per_sequence: bool
+) -> RoutingSite:
+    """The site that a type of router needs."""
+    kind = LearnedSite if router.learned else RoutingSite
+    return kind(router, temperature, detached=detached, per_sequence=per_sequence)
 
 
 def check_pool(
@@ -73,16 +88,12 @@ def empty_b(num_experts: int, out_features: int, r: int, **like: Any) -> Tensor:
 
 
 @torch.no_grad()
-def init_pool(
-    lora_A: Tensor, lora_B: Tensor, router: Tensor, router_init_range: float, zero_b: bool = True
-) -> None:
-    """A uniform as Kaiming (a = sqrt 5) per expert, B zero, router N(0, router_init_range^2).
+def init_pool(lora_A: Tensor, lora_B: Tensor, zero_b: bool = True) -> None:
+    """A uniform as Kaiming (a = sqrt 5) per expert, B zero.
 
     Args:
         lora_A: [n, r, in].
         lora_B: [n, out, r].
-        router: [n, in].
-        router_init_range: Standard deviation.
         zero_b: False gives B the Kaiming bounds of its own fan-in: an adapter that is not a no-op.
     """
     bound = 1.0 / math.sqrt(lora_A.shape[-1])
@@ -92,16 +103,28 @@ def init_pool(
     else:
         bound = 1.0 / math.sqrt(lora_B.shape[-1])
         nn.init.uniform_(lora_B, -bound, bound)
-    nn.init.normal_(router, std=router_init_range)
+
+
+def make_parameter(
+    router: Router, in_features: int, init_range: float, **like: Any
+) -> nn.Parameter | None:
+    """A router's parameter with its first values; None where its type has none."""
+    shape = router.parameter_shape(in_features)
+    if shape is None:
+        return None
+    weight = nn.Parameter(torch.empty(shape, **like))
+    with torch.no_grad():
+        router.init(weight, init_range)
+    return weight
 
 
 class Pool(NamedTuple):
     """One pool of LoRAs with its router and site: what a routed layer runs."""
 
     site: Any  # RoutingSite or FollowingSite
-    lora_A: Tensor  # [n, r, in]
+    lora_A: Tensor  # [n, r, in], or [1, r, in] for all experts
     lora_B: Tensor  # [n, out, r]
-    router: Any  # [n, in]; None where another linear's router chooses
+    router: Any  # the router's parameter; None where it has none, or another linear's chooses
     scaling: float
     backend: str
     strategy: str
@@ -123,17 +146,21 @@ class Pool(NamedTuple):
             self.lora_A,
             self.lora_B,
             selection.index,
-            self.scaling,
+            self.weights(selection),
             backend=self.backend,
             strategy=self.strategy,
             check=False,
         )
         return self.site.deliver(y, self.router, selection, training)
 
+    def weights(self, selection: Selection) -> Tensor | float:
+        """What the chosen experts are multiplied by: [..., k], or the same for all."""
+        return self.scaling if selection.weights is None else selection.weights * self.scaling
+
     def shape(self, dtype: torch.dtype) -> RoutedShape:
         """What the kernels are compiled for, on x of `dtype`."""
-        n, r, in_features = self.lora_A.shape
-        out_features = self.lora_B.shape[1]
+        n, out_features, r = self.lora_B.shape
+        in_features = self.lora_A.shape[2]
         return RoutedShape(
             in_features,
             out_features,
@@ -155,7 +182,7 @@ class Pool(NamedTuple):
             self.lora_A,
             self.lora_B,
             selection.index,
-            self.scaling,
+            self.weights(selection),
             base=base,
             backend=self.backend,
             strategy=self.strategy,
@@ -188,6 +215,8 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
         router_detach_input: bool = True,
         routing_granularity: str = "token",
         init_lora_weights: bool = True,
+        router_type: str = "remix",
+        router_kwargs: Mapping[str, Any] | None = None,
         backend: str = "auto",
         strategy: str = "auto",
     ) -> None:
@@ -208,6 +237,8 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
                 from the mean of its rows (while sampling, of its prompt's: see
                 `RoutingState.expand`).
             init_lora_weights: B starts at zero; False starts it random, for tests.
+            router_type: How experts are chosen and weighed, see `remix_model.routers`.
+            router_kwargs: Options of the router type.
             backend: As in `remix_kernels.routed_linear`.
             strategy: As in `remix_kernels.routed_linear`.
 
@@ -229,31 +260,37 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
             "init_lora_weights": init_lora_weights,
         }
         check_pool(num_experts, top_k, r, scale=scale, lora_dropout=lora_dropout, flags=flags)
+        router = make_router(router_type, num_experts, top_k, router_kwargs)
+        if router.whole_blocks:
+            raise ValueError(
+                f"router_type={router_type!r} mixes whole feed-forward blocks, and this is one "
+                "linear: use get_peft_model(model, ReMixConfig(...)), or 'mixlora'"
+            )
         self.base_layer = base.requires_grad_(False)
-        self.num_experts, self.top_k, self.r = num_experts, top_k, r
-        self.scaling = routing_scaling(lora_alpha, top_k, r, use_rslora)
+        self.num_experts, self.top_k, self.r = num_experts, router.top_k, r
+        self.scaling = routing_scaling(router, lora_alpha, r, use_rslora)
         self.dropout = nn.Dropout(lora_dropout)
         self.router_detach_input = router_detach_input
         self.backend, self.strategy = backend, strategy
         like: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(num_experts, r, base.in_features, **like))
+        shared = 1 if router.shared_a else num_experts
+        self.lora_A = nn.Parameter(torch.empty(shared, r, base.in_features, **like))
         self.lora_B = nn.Parameter(empty_b(num_experts, base.out_features, r, **like))
-        self.router = nn.Parameter(torch.empty(num_experts, base.in_features, **like))
+        self.router = make_parameter(router, base.in_features, router_init_range, **like)
         if routing_granularity not in GRANULARITIES:
             raise ValueError(
                 f"routing_granularity={routing_granularity!r} is unknown; choose one of "
                 f"{', '.join(GRANULARITIES)}"
             )
-        self.site = RoutingSite(
-            num_experts,
-            top_k,
+        self.site = make_site(
+            router,
             router_temperature,
             detached=router_detach_input,
             per_sequence=routing_granularity == "sequence",
         )
-        init_pool(self.lora_A, self.lora_B, self.router, router_init_range, init_lora_weights)
+        init_pool(self.lora_A, self.lora_B, init_lora_weights)
 
-    def active_sites(self) -> dict[str, tuple[RoutingSite, Tensor]]:
+    def active_sites(self) -> dict[str, tuple[RoutingSite, Tensor | None]]:
         """One site, one router."""
         return {"default": (self.site, self.router)}
 

@@ -18,7 +18,7 @@ from remix_model.forced import check_forced
 from remix_model.options import SamplingOptions
 from remix_model.parallel import SelectionGroup
 from remix_model.prefix import shared_prefix
-from remix_model.site import find_sites
+from remix_model.site import RoutingSite, find_sites
 from remix_model.state import RoutingState
 
 if TYPE_CHECKING:
@@ -112,19 +112,19 @@ def sample_routing(
     options.check()
     if credit == "causal":
         check_causal(model)
-    trained = next((name for name, site in sites.items() if site.router_is_trained()), None)
+    trained = next((name for name, site in sites.items() if site.policy_is_trained()), None)
     if num_selections < 2 and trained is not None:
         raise ValueError(
             f"num_selections={num_selections}, but the router of {trained} is trained: RLOO's "
             "baseline needs num_selections >= 2 (or freeze the routers with requires_grad_(False))"
         )
-    undetached = next((name for name, site in sites.items() if not site.detached), None)
-    if undetached is not None and (grad_selections or num_selections) < num_selections:
+    if num_selections > 1 and all(site.router.learned for site in sites.values()):
         raise ValueError(
-            f"grad_selections={grad_selections} of {num_selections}: {undetached} has "
-            "router_detach_input=False, and what reaches the layers before the router needs a "
-            "graph of every selection; set it to True, or leave grad_selections None"
+            f"num_selections={num_selections}, but the routers weigh their experts "
+            f"({next(iter(sites.values())).router.name}) and nothing is drawn: use 1"
         )
+    if (grad_selections or num_selections) < num_selections:
+        _check_forward_only(sites, f"grad_selections={grad_selections} of {num_selections}")
     group = SelectionGroup(selection_group, num_selections, grad_selections)
     state = RoutingState(model, sites, options, seed, group)
     for stream, (name, site) in enumerate(sites.items()):
@@ -146,6 +146,24 @@ def sample_routing(
         state.close()
         for site in state.sites:
             site.state = None
+
+
+def _check_forward_only(sites: Mapping[str, RoutingSite], what: str) -> None:
+    """Raise ValueError where selections without a graph would lose a part of the gradient."""
+    for name, site in sites.items():
+        if not site.policy_is_trained():
+            continue
+        if not site.detached:
+            raise ValueError(
+                f"{what}: {name} has router_detach_input=False, and what reaches the layers before "
+                "the router needs a graph of every selection; set it to True, or leave "
+                "grad_selections None"
+            )
+        if not site.router.linear:
+            raise ValueError(
+                f"{what}: the gradient of {name}'s router of type {site.router.name!r}, which is "
+                "no linear one, needs a graph of every selection; leave grad_selections None"
+            )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from remix_model.routers import Router
     from remix_model.site import Selection
 
 
@@ -41,8 +42,13 @@ class SharedSelection:
         self._selection = selection if self.followers else None
         self._waiting = set(self.followers)
 
-    def take(self, name: str, rows: tuple[int, ...]) -> Selection:
+    def take(self, name: str, rows: tuple[int, ...], folds: int = 1) -> Selection:
         """What it chose, for one of the others; the last to take it lets go of it.
+
+        Args:
+            name: Of the linear that asks.
+            rows: Of its input, [B, T].
+            folds: How often the first linear's B sequences are in B.
 
         Raises:
             RuntimeError: It has not run in this pass.
@@ -55,10 +61,14 @@ class SharedSelection:
                 "than it is registered in some models), or use router_sharing='module'"
             )
         selection = self._selection
-        if tuple(selection.index.shape[:-1]) != rows:
+        first, *rest = selection.index.shape[:-1]
+        if (first * folds, *rest) != rows:
+            fix = "use router_sharing='module'"
+            if folds > 1:
+                fix = "experts are whole feed-forward blocks: leave other linears out"
             raise ValueError(
                 f"{name} got {list(rows)} rows and follows the router of {self.leader}, which had "
-                f"{list(selection.index.shape[:-1])}: use router_sharing='module'"
+                f"{[first, *rest]}{f' ({folds} of each here)' if folds > 1 else ''}: {fix}"
             )
         self._waiting.discard(name)
         if not self._waiting:
@@ -69,9 +79,10 @@ class SharedSelection:
 class FollowingSite:
     """Stands where a linear has no router of its own."""
 
-    def __init__(self, top_k: int, name: str, shared: SharedSelection) -> None:
-        """Args are the experts a row takes, the linear's name, and what it follows."""
-        self.top_k = top_k
+    def __init__(self, router: Router, name: str, shared: SharedSelection) -> None:
+        """Args are the first linear's router, this one's name, and what it follows."""
+        self.top_k = router.top_k
+        self.whole_blocks = router.whole_blocks
         self.name = name
         self.shared = shared
         shared.followers.append(name)
@@ -82,7 +93,12 @@ class FollowingSite:
 
     def select(self, x: Tensor, router: Tensor | None, training: bool) -> Selection:
         """The experts that the block's first linear chose for the same rows."""
-        return self.shared.take(self.name, tuple(x.shape[:-1]))
+        folds = self.top_k if self.is_last_of_block() else 1
+        return self.shared.take(self.name, tuple(x.shape[:-1]), folds)
+
+    def is_last_of_block(self) -> bool:
+        """Whether experts are whole blocks, which come together in this linear."""
+        return self.whole_blocks and self.shared.followers[-1] == self.name
 
     def deliver(
         self, y: Tensor, router: Tensor | None, selection: Selection, training: bool
@@ -96,5 +112,6 @@ class FollowingSite:
 
         copied = object.__new__(FollowingSite)
         copied.top_k, copied.name = self.top_k, self.name
+        copied.whole_blocks = self.whole_blocks
         copied.shared = deepcopy(self.shared, memo)
         return copied

@@ -25,6 +25,7 @@ from remix_model.delivery import DeliverRouterGradient, in_backward
 from remix_model.errors import NonFiniteError
 from remix_model.forced import spread_forced
 from remix_model.granularity import SequencePass, pool, spread_over
+from remix_model.routers import Router
 
 if TYPE_CHECKING:
     from remix_model.batch import FoldedPass
@@ -63,6 +64,9 @@ class Selection:
     temperature: float
     per_sequence: bool
     number: Tensor | None = None  # compiled: of the state, which only the run knows
+    # Learned, before LoRA's scaling: [..., k] fp32 for every row, and for every decision.
+    weights: Tensor | None = None
+    drawn_weights: Tensor | None = None
 
 
 class RoutingSite:
@@ -70,8 +74,7 @@ class RoutingSite:
 
     def __init__(
         self,
-        num_experts: int,
-        top_k: int,
+        router: Router,
         temperature: float = 1.0,
         *,
         detached: bool = True,
@@ -80,14 +83,15 @@ class RoutingSite:
         """Describe the pool.
 
         Args:
-            num_experts: n.
-            top_k: Experts a row takes.
+            router: How experts are scored; knows n and k.
             temperature: The policy's.
             detached: Whether the router's gradient stops at the router.
             per_sequence: One decision for a sequence rather than one for each row.
         """
-        self.num_experts = num_experts
-        self.top_k = top_k
+        self.router = router
+        self.num_experts = router.num_experts
+        self.top_k = router.top_k
+        self.whole_blocks = router.whole_blocks
         self.temperature = temperature
         self.detached = detached
         self.per_sequence = per_sequence
@@ -115,9 +119,8 @@ class RoutingSite:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingSite:
         """A copy of the layer starts with no context and no saved selections."""
-        copied = RoutingSite(
-            self.num_experts,
-            self.top_k,
+        copied = type(self)(
+            self.router,
             self.temperature,
             detached=self.detached,
             per_sequence=self.per_sequence,
@@ -131,7 +134,7 @@ class RoutingSite:
         """Pickled likewise."""
         kept = {name: getattr(self, name) for name in ("warned", "sequence_pass", "shared")}
         kept |= {"detached": self.detached, "per_sequence": self.per_sequence}
-        return RoutingSite, (self.num_experts, self.top_k, self.temperature), kept
+        return type(self), (self.router, self.temperature), kept
 
     def is_idle(self) -> bool:
         """Whether a pass is the plain top k: nothing draws, forces, records, shares, recomputes."""
@@ -139,6 +142,7 @@ class RoutingSite:
             self.state is None
             and self.forced is None
             and not self.records
+            and self.router.linear
             and self.temperature == 1.0
             and not self.per_sequence
             and self.shared is None
@@ -155,26 +159,26 @@ class RoutingSite:
             if last is state:
                 self.last[training] = None
 
-    def router_is_trained(self) -> bool:
-        """Whether the layer's router takes a gradient."""
+    def policy_is_trained(self) -> bool:
+        """Whether the layer's router takes a gradient by RLOO."""
         return self.router_weight is not None and self.router_weight.requires_grad
 
-    def select(self, x: Tensor, router: Tensor, training: bool) -> Selection:
+    def select(self, x: Tensor, router: Tensor | None, training: bool) -> Selection:
         """The experts of every row of x.
 
         Args:
             x: [..., in].
-            router: [n, in].
+            router: The router's parameter, [n, in] for most types; None where it has none.
             training: The layer's mode, under which the pass is remembered for recomputation.
 
         Raises:
             ValueError: x has another width, or does not fit the folded batch or a forced index.
             RuntimeError: Recomputed, and it cannot be told which pass this repeats.
         """
-        if x.shape[-1] != router.shape[1]:
+        if router is not None and x.shape[-1] != router.shape[-1]:
             raise ValueError(
                 f"{self.name or 'a routed layer'} got x {list(x.shape)}; it takes [..., "
-                f"{router.shape[1]}]"
+                f"{router.shape[-1]}]"
             )
         if self.detached:
             x = x.detach()
@@ -187,9 +191,9 @@ class RoutingSite:
             self.shared.put(selection)
         return selection
 
-    def _select_compiled(self, x: Tensor, router: Tensor, training: bool) -> Selection:
+    def _select_compiled(self, x: Tensor, router: Tensor | None, training: bool) -> Selection:
         """Traced once: what depends on more than x is left to an op, or to Python."""
-        if self.per_sequence:
+        if self.per_sequence or router is None:
             return self._select_eagerly(x, router, training)
         if is_top_k_only(self, training):
             with torch.no_grad():
@@ -198,15 +202,15 @@ class RoutingSite:
             number = NOT_SAMPLED if training else None
         else:
             index, logits, number = choose(
-                x.detach(), router.detach(), self.number, self.top_k, training
+                x.detach(), router.detach(), self.number, self.num_experts, self.top_k, training
             )
         return Selection(index, index, logits, x, None, self.temperature, False, number)
 
     @torch.compiler.disable
-    def _select_eagerly(self, x: Tensor, router: Tensor, training: bool) -> Selection:
+    def _select_eagerly(self, x: Tensor, router: Tensor | None, training: bool) -> Selection:
         return self.select_now(x, router, training)
 
-    def select_now(self, x: Tensor, router: Tensor, training: bool) -> Selection:
+    def select_now(self, x: Tensor, router: Tensor | None, training: bool) -> Selection:
         """`select` as the run finds things; x is detached where it should be."""
         if in_backward():
             return self._recompute(x, router, training)
@@ -226,14 +230,19 @@ class RoutingSite:
             else:
                 drawn = self._draw(logits, state)
             selection = self.selection(drawn, logits, seen, x, state)
-            if state is not None:
-                state.note(self, selection)
-            elif self.sequence_pass is not None:
+            if state is None and self.sequence_pass is not None:
                 self.sequence_pass.note(self, drawn)
-            again = state is not None and state.part is not None and state.part.rerun
-            for record in [] if again else self.records:
-                record.add(selection)
+            self.tell(selection)
         return selection
+
+    def tell(self, selection: Selection) -> None:
+        """A pass has chosen, which is no recomputation: the state and the records hear of it."""
+        state = selection.state
+        if state is not None:
+            state.note(self, selection)
+        again = state is not None and state.part is not None and state.part.rerun
+        for record in [] if again else self.records:
+            record.add(selection)
 
     def _prompt(self, state: RoutingState | None) -> Tensor | None:
         if not self.per_sequence:
@@ -243,7 +252,7 @@ class RoutingSite:
         return None if self.sequence_pass is None else self.sequence_pass.prompt()
 
     def _read(
-        self, x: Tensor, router: Tensor, state: RoutingState | None, prompt: Tensor | None
+        self, x: Tensor, router: Tensor | None, state: RoutingState | None, prompt: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """What the router reads and its logits, one row for a decision."""
         seen = pool(x, prompt, self.name) if self.per_sequence else x
@@ -267,9 +276,11 @@ class RoutingSite:
         seen = x.new_zeros(decided.shape[0], x.shape[-1])
         return self.selection(decided, logits, seen, x, None)
 
-    def deliver(self, y: Tensor, router: Tensor, selection: Selection, training: bool) -> Tensor:
+    def deliver(
+        self, y: Tensor, router: Tensor | None, selection: Selection, training: bool
+    ) -> Tensor:
         """Pass the layer's output through the identity that will give the router its gradient."""
-        if not (router.requires_grad and torch.is_grad_enabled()):
+        if router is None or not (router.requires_grad and torch.is_grad_enabled()):
             return y
         if selection.number is not None:
             return DeliverWhenRun.apply(
@@ -296,11 +307,11 @@ class RoutingSite:
             y, selection.x, router, selection.logits, selection.drawn, self, selection
         )
 
-    def warn_untrained(self) -> None:
+    def warn_untrained(self, message: str = UNTRAINED_ROUTER) -> None:
         """Once for a model."""
         if not self.warned[0]:
             self.warned[0] = True
-            warnings.warn(UNTRAINED_ROUTER, stacklevel=4)
+            warnings.warn(message, stacklevel=4)
 
     def begin_backward(self, state: RoutingState, graph_task: int) -> None:
         """`state`'s backward pass has begun: recomputations in it replay what it drew.
@@ -319,21 +330,24 @@ class RoutingSite:
         """The backward pass is over."""
         self.replaying, self.ambiguous = None, False
 
-    def _logits(self, x: Tensor, router: Tensor, temperature: float) -> Tensor:
+    def _logits(self, x: Tensor, router: Tensor | None, temperature: float) -> Tensor:
         """z / temperature in fp32, whatever the dtypes and whatever autocast says."""
+        weight: Any = None if router is None else cast(router, torch.float32)
         with no_autocast(x.device):
-            logits = nn.functional.linear(cast(x, torch.float32), cast(router, torch.float32))
+            logits = self.router.logits(cast(x, torch.float32), weight)
         return logits if temperature == 1.0 else logits / temperature
 
     def _choose(self, logits: Tensor) -> Tensor:
         """Without sampling: the forced experts, else the k largest logits (ReMix eq. 6)."""
         if self.forced is not None:
-            return self._forced(logits, None)
+            return self._forced(self.forced, logits, None)
+        if self.router.random:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+            return sample_top_k(logits, self.top_k, seed=seed, check=False)
         return self._top_k(logits)
 
-    def _forced(self, logits: Tensor, folded: FoldedPass | None) -> Tensor:
-        assert self.forced is not None
-        forced = self.forced.to(device=logits.device, dtype=torch.int32)
+    def _forced(self, forced: Tensor, logits: Tensor, folded: FoldedPass | None) -> Tensor:
+        forced = forced.to(device=logits.device, dtype=torch.int32)
         if self.per_sequence and forced.dim() == 3 and forced.shape[1] == 1:
             forced = forced.squeeze(1)
         shape = torch.Size((*logits.shape[:-1], self.top_k))
@@ -375,7 +389,7 @@ class RoutingSite:
         folded = state.folded_pass()
         decisions = 1 if self.per_sequence else folded.positions(lead)
         if self.forced is not None:
-            return self._forced(logits, folded)
+            return self._forced(self.forced, logits, folded)
         call = len(state.selections.get(self.stream, ()))
         seed = mix_seed(state.seed, self.stream, call)
         offset = folded.first_sequence * decisions
@@ -387,14 +401,9 @@ class RoutingSite:
             index = torch.where(drawn, index, largest.to(index.dtype))
         return index
 
-    def _recompute(self, x: Tensor, router: Tensor, training: bool) -> Selection:
+    def _recompute(self, x: Tensor, router: Tensor | None, training: bool) -> Selection:
         """What the forward pass that is being recomputed chose."""
-        if self.ambiguous:
-            raise RuntimeError(
-                f"{self.name} is recomputed by activation checkpointing in a backward pass that "
-                "several sample_routing losses share, which does not say whose pass it repeats: "
-                "call backward on each loss by itself"
-            )
+        self.check_whose()
         # A state that has its loss says so when its backward pass begins: `replaying`. Another one
         # (the user's own surrogate) is taken to be running. Where the rows are not those of the
         # draw, an unsampled pass is repeated.
@@ -409,7 +418,8 @@ class RoutingSite:
         seen, logits = self._read(x, router, None, self.last_prompt.get(training))
         index = self.last_forced.get(training)
         if index is None:
-            index = self._top_k(logits)
+            # Drawn anew where that is random: checkpointing has put torch's generator back.
+            index = self._choose(logits) if self.router.random else self._top_k(logits)
         elif index.shape[:-1] != logits.shape[:-1]:
             raise RuntimeError(
                 f"{self.name or 'a routed layer'} is recomputed by activation checkpointing for "
@@ -417,6 +427,15 @@ class RoutingSite:
                 f"{list(index.shape[:-1])}: call backward on a loss before the next forward pass"
             )
         return self.selection(index, logits, seen, x, None)
+
+    def check_whose(self) -> None:
+        """Raise RuntimeError when it cannot be told which pass a recomputation repeats."""
+        if self.ambiguous:
+            raise RuntimeError(
+                f"{self.name} is recomputed by activation checkpointing in a backward pass that "
+                "several sample_routing losses share, which does not say whose pass it repeats: "
+                "call backward on each loss by itself"
+            )
 
     def _is_of(self, drawn: Tensor, x: Tensor, state: RoutingState | None) -> bool:
         """Whether a saved draw is one of x's rows."""
@@ -439,8 +458,8 @@ class RoutingSite:
 class RoutedModule:
     """Mixed into every module that has routing sites: how the contexts find them."""
 
-    def active_sites(self) -> dict[str, tuple[RoutingSite, Tensor]]:
-        """(site, router parameter [n, in]) of every active pool of adapters, by adapter name."""
+    def active_sites(self) -> dict[str, tuple[RoutingSite, Tensor | None]]:
+        """(site, router parameter) of every active pool of adapters, by adapter name."""
         raise NotImplementedError(f"{type(self).__name__} must say which sites it has")
 
     def routed_shapes(self) -> list[RoutedShape]:

@@ -342,10 +342,12 @@ class RoutingState:
 
     def note(self, site: RoutingSite, selection: Selection) -> None:
         """A site has drawn. `selection` holds what its score needs."""
+        self._logit_sums.setdefault(site.name, selection.logits.sum())
+        if site.router.learned:  # nothing was drawn
+            return
         stream = self.streams[id(site)]
         self.selections.setdefault(stream, []).append(selection.drawn)
-        self._logit_sums.setdefault(site.name, selection.logits.sum())
-        if self.part is None or not self.part.collect or not site.router_is_trained():
+        if self.part is None or not self.part.collect or not site.policy_is_trained():
             return
         assert self._eligibility is not None
         lead = selection.drawn.shape[:-1]
@@ -361,35 +363,49 @@ class RoutingState:
             selection.x.detach().reshape(*rows, selection.x.shape[-1]),
         )
 
-    def dlogits(self, selection: Selection) -> Tensor | None:
+    def dlogits(self, site: RoutingSite, selection: Selection) -> Tensor | None:
         """The gradient of a selection's logits, flattened to [rows, n]; None outside a backward.
 
         It is of z over the temperature, as `selection.logits` are.
         """
         if not self._delivering:
             return None
-        counted = self._counted(selection)
-        total = None
+        total = self.regularizer_gradient(site, selection)
         if self.advantages is not None:
+            counted = self._counted(selection)
             weights = self._row_advantages(selection) * self._grad_scale
             weights = weights if counted is None else weights * counted.to(weights)
-            total = self._score(selection, weights.to(selection.logits.device))
-        options = self.options
-        if options.router_entropy_coef or options.load_balancing_coef:
-            assert self.part is not None
-            scale = self._grad_scale * self._num_items_scale
-            share = scale * self.part.count / self.grad_selections / len(self.sites)
-            rows = (self.part.count, -1)
-            pull = regularizer_grad(
-                selection.logits.reshape(*rows, selection.logits.shape[-1]),
-                selection.drawn.reshape(*rows, selection.drawn.shape[-1]),
-                None if counted is None else counted.view(rows),
-                options.router_entropy_coef,
-                options.load_balancing_coef,
-            ).flatten(0, 1)
-            pull = pull * torch.as_tensor(share).to(pull)
-            total = pull if total is None else total + pull
+            score = self._score(selection, weights.to(selection.logits.device))
+            total = score if total is None else score + total
         return total
+
+    def regularizer_gradient(self, site: RoutingSite, selection: Selection) -> Tensor | None:
+        """The part of `dlogits` that comes from the terms beside the loss."""
+        entropy_coef, load_balancing_coef = self._coefs(site)
+        if not self._delivering or not (entropy_coef or load_balancing_coef):
+            return None
+        assert self.part is not None
+        counted = self._counted(selection)
+        scale = self._grad_scale * self._num_items_scale
+        share = scale * self.part.count / self.grad_selections / len(self.sites)
+        rows = (self.part.count, -1)
+        pull = regularizer_grad(
+            selection.logits.reshape(*rows, selection.logits.shape[-1]),
+            selection.drawn.reshape(*rows, selection.drawn.shape[-1]),
+            None if counted is None else counted.view(rows),
+            entropy_coef,
+            load_balancing_coef,
+        ).flatten(0, 1)
+        return pull * torch.as_tensor(share).to(pull)
+
+    def is_regularized(self, site: RoutingSite) -> bool:
+        """Whether a site's router is trained on terms beside the loss."""
+        return any(self._coefs(site))
+
+    def _coefs(self, site: RoutingSite) -> tuple[float, float]:
+        """Of entropy and load: what was asked for, else what the type of router brings along."""
+        own: float = site.router.kwargs.get("load_balancing_coef", 0.0)
+        return self.options.router_entropy_coef, self.options.load_balancing_coef or own
 
     def collected(self, site: RoutingSite, like: Tensor) -> Tensor | None:
         """The router's gradient of the selections without a graph; once in a backward pass."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from remix_model.credit import leave_one_out
 from remix_model.errors import NonFiniteError
 from remix_model.losses import token_losses
 from remix_model.nonfinite import watch_outputs
+from remix_model.options import SamplingOptions
 from remix_model.parallel import (
     make_shardable,
     selection_mesh,
@@ -64,11 +65,18 @@ class ReMixTrainerMixin(WholeSaves):
                 "it out, or use FSDP version 2"
             )
         sites = find_sites(self._module())
-        trained = any(site.router_is_trained() for site in sites.values())
+        trained = any(site.policy_is_trained() for site in sites.values())
         if trained and given.remix_num_selections < 2:
             raise ValueError(
                 f"remix_num_selections={given.remix_num_selections} with trainable routers: RLOO's "
                 "baseline needs at least 2 (or freeze the routers with requires_grad_(False))"
+            )
+        self._learned = all(site.router.learned for site in sites.values())
+        if self._learned and given.remix_selection_parallel > 1:
+            raise ValueError(
+                f"remix_selection_parallel={given.remix_selection_parallel}: the routers weigh "
+                "their experts and nothing is drawn, so there are no selections to share; leave "
+                "it at 1"
             )
         self.loss_is_scaled_for_ga = True
         if self.is_deepspeed_enabled and given.remix_selection_chunk_size is not None:
@@ -109,8 +117,7 @@ class ReMixTrainerMixin(WholeSaves):
         """In training, M selections in folded passes; in evaluation, the top-k loss."""
         if not model.training:
             return self.evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
-        args: Any = self.args
-        options = args.sampling_options(self.state.global_step / max(self.state.max_steps - 1, 1))
+        options = self._sampling_options()
         scaler = self.accelerator.scaler
         chosen = {"seed": self._selection_seed(), "selection_group": self._selection_group}
         with sample_routing(model, **asdict(options), **chosen) as routing:
@@ -125,6 +132,15 @@ class ReMixTrainerMixin(WholeSaves):
             loss = routing.loss(num_items=self._normaliser(tokens, num_items_in_batch))
         self._note(routing, tokens)
         return (loss, {}) if return_outputs else loss
+
+    def _sampling_options(self) -> SamplingOptions:
+        """Of this step; where all routers weigh their experts, nothing is drawn, and M is 1."""
+        args: Any = self.args
+        progress = self.state.global_step / max(self.state.max_steps - 1, 1)
+        options: SamplingOptions = args.sampling_options(progress)
+        if not self._learned:
+            return options
+        return replace(options, num_selections=1, grad_selections=None, selection_chunk_size=None)
 
     def get_train_dataloader(self) -> Any:
         """The parent's; ranks that share a batch's selections are given the same batch."""

@@ -10,10 +10,10 @@ from peft.config import PeftConfig
 
 from remix_kernels import BACKENDS, STRATEGIES
 from remix_model.layer import GRANULARITIES, check_pool
+from remix_model.routers import make_router
 from remix_model.tuner.fields import check_fields
 
 PEFT_TYPE = "REMIX"
-ROUTER_TYPES = ("remix",)
 SHARINGS = ("module", "block")
 BIASES = ("none", "all", "remix_only")
 
@@ -49,8 +49,9 @@ class ReMixConfig(PeftConfig):
         rank_pattern: Other ranks for some linears: {name or regular expression: rank}. The routing
             weight follows the rank.
         num_experts: n, LoRAs in each layer's pool.
-        top_k: k, LoRAs active for each token.
-        lora_alpha: Numerator of the constant routing weight omega.
+        top_k: k, LoRAs active for each token; n where the router type mixes all ("hydralora").
+        lora_alpha: Numerator of the constant routing weight omega; where weights are learned, of
+            LoRA's own scaling, which they are shares of.
         use_rslora: omega = lora_alpha / sqrt(k r); False: lora_alpha / (k r).
         lora_dropout: Dropout on the adapters' input. 0 is best: its noise is not the selection's.
         target_modules: Names or a regular expression of the linears to adapt; None: the
@@ -66,11 +67,13 @@ class ReMixConfig(PeftConfig):
             the mean of its prompt's hidden states, and kept while decoding.
         router_sharing: "module": one router a linear. "block": one for the linears of a block (of
             one parent module), which reads the first one's input.
-        router_type: "remix".
+        router_type: How experts are chosen and weighed: "remix", "uniform", "mixlora",
+            "mixlora_block", "hydralora", "mor", or one of your own (`remix_model.routers`).
         router_kwargs: Options of the router type; "remix" has none.
         router_init_range: Standard deviation of the router's initial weights.
         router_temperature: Divides the logits.
-        router_detach_input: The router's gradient stops at the router.
+        router_detach_input: A policy's gradient stops at the router (learned weights have
+            router_kwargs={"detach_input": ...}, by default False).
         runtime_config: Backend and strategy; never saved.
 
     Raises:
@@ -162,7 +165,6 @@ class ReMixConfig(PeftConfig):
         check_fields(self)
         _check_ranks(self.rank_pattern)
         for name, known in (
-            ("router_type", ROUTER_TYPES),
             ("routing_granularity", GRANULARITIES),
             ("router_sharing", SHARINGS),
             ("bias", BIASES),
@@ -170,11 +172,10 @@ class ReMixConfig(PeftConfig):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
-        if self.router_kwargs:
-            raise ValueError(
-                f"router_kwargs={self.router_kwargs}: router_type={self.router_type!r} has no "
-                "options"
-            )
+        router = make_router(self.router_type, self.num_experts, self.top_k, self.router_kwargs)
+        self.top_k = router.top_k
+        if router.whole_blocks:
+            self.router_sharing = "block"
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform to say which "

@@ -1,15 +1,17 @@
 """`ReMixLayer`: one adapted linear inside a PEFT model.
 
 All experts of an adapter are stacked: `remix_lora_A[adapter] [n, r, in]`, `remix_lora_B[adapter]
-[n, out, r]` and `remix_router[adapter] [n, in]`. Stacked parameters give experts that were not
-chosen a zero gradient rather than none (so DDP needs no search for unused parameters), and leave
-nothing that PEFT's FSDP policy would shard apart from the layer that reads it.
+[n, out, r]` and `remix_router[adapter]`, [n, in] for most types. Stacked parameters give experts
+that were not chosen a zero gradient rather than none (so DDP needs no search for unused
+parameters), and leave nothing that PEFT's FSDP policy would shard apart from the layer that reads
+it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +19,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from remix_kernels import RoutedShape
+from remix_model.block_experts import in_block
 from remix_model.decode import is_plain
 from remix_model.granularity import SequencePass, only_groups
-from remix_model.layer import Pool, empty_b, init_pool, routing_scaling
+from remix_model.layer import (
+    Pool,
+    empty_b,
+    init_pool,
+    make_parameter,
+    make_site,
+    routing_scaling,
+)
+from remix_model.routers import make_router
 from remix_model.sharing import FollowingSite, SharedSelection
 from remix_model.site import RoutedModule, RoutingSite
 from remix_model.tuner.config import ReMixConfig, ReMixRuntimeConfig
@@ -63,38 +74,38 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
     def update_layer(self, adapter_name: str, config: ReMixConfig) -> None:
         """Add the adapter `adapter_name`, or replace it."""
         n, r = config.num_experts, config.r
-        check_stored(config, (n, r, self.in_features), (n, self.out_features, r))
+        router = make_router(config.router_type, n, config.top_k, config.router_kwargs)
+        shared = 1 if router.shared_a else n
+        check_stored(config, (shared, r, self.in_features), (n, self.out_features, r))
         self.r[adapter_name], self.num_experts[adapter_name] = r, n
-        self.top_k[adapter_name] = config.top_k
+        self.top_k[adapter_name] = router.top_k
         self.scaling[adapter_name] = routing_scaling(
-            config.lora_alpha, config.top_k, r, config.use_rslora
+            router, config.lora_alpha, r, config.use_rslora
         )
         self.runtime[adapter_name] = config.runtime_config  # type: ignore[assignment]
         self.remix_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
-        self.sites[adapter_name] = RoutingSite(
-            n,
-            config.top_k,
+        self.sites[adapter_name] = make_site(
+            router,
             config.router_temperature,
             detached=config.router_detach_input,
             per_sequence=config.routing_granularity == "sequence",
         )
-        self.remix_lora_A[adapter_name] = nn.Parameter(torch.empty(n, r, self.in_features))
-        self.remix_lora_B[adapter_name] = nn.Parameter(empty_b(n, self.out_features, r))
-        self.remix_router[adapter_name] = nn.Parameter(torch.empty(n, self.in_features))
-        init_pool(
-            self.remix_lora_A[adapter_name],
-            self.remix_lora_B[adapter_name],
-            self.remix_router[adapter_name],
-            config.router_init_range,
-            zero_b=config.init_lora_weights,
-        )
+        lora_a = nn.Parameter(torch.empty(shared, r, self.in_features))
+        lora_b = nn.Parameter(empty_b(n, self.out_features, r))
+        init_pool(lora_a, lora_b, zero_b=config.init_lora_weights)
+        self.remix_lora_A[adapter_name], self.remix_lora_B[adapter_name] = lora_a, lora_b
+        weight = make_parameter(router, self.in_features, config.router_init_range)
+        if adapter_name in self.remix_router:  # of the adapter that is replaced
+            del self.remix_router[adapter_name]
+        if weight is not None:
+            self.remix_router[adapter_name] = weight
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def active_sites(self) -> dict[str, tuple[RoutingSite, Tensor]]:
-        """Site and router of every active adapter that has a router here."""
+    def active_sites(self) -> dict[str, tuple[RoutingSite, Tensor | None]]:
+        """Site and router of every active adapter that chooses here."""
         return {
-            name: (site, self.remix_router[name])
+            name: (site, self.remix_router.get(name))
             for name in self.active_adapters
             if isinstance(site := self.sites.get(name), RoutingSite)
         }
@@ -112,8 +123,9 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         assert isinstance(site, RoutingSite)
         if site.shared is None:
             site.shared = SharedSelection(leader_name)
-        self.sites[adapter_name] = FollowingSite(site.top_k, name, site.shared)
-        del self.remix_router[adapter_name]
+        self.sites[adapter_name] = FollowingSite(site.router, name, site.shared)
+        if adapter_name in self.remix_router:
+            del self.remix_router[adapter_name]
 
     def routed_shapes(self) -> list[RoutedShape]:
         """Of every active adapter; x in the frozen weight's dtype, a quantised one's in ours."""
@@ -144,6 +156,8 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         names = [] if self._disable_adapters else self.active_adapters
         names = [name for name in names if name in self.sites]
         base: Any = self._modules["base_layer"]
+        if any(self.sites[name].whole_blocks for name in names):
+            return self._in_block(x, names, *args, **kwargs)
         if len(names) == 1 and not args and not kwargs and is_plain(base):
             dropout: Any = self.remix_dropout[names[0]] if self.training else None
             if dropout is None or dropout.p == 0.0:
@@ -154,9 +168,27 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
                 y = self._pool(name).add(x, y, self.remix_dropout[name], self.training)
         return y
 
+    def _in_block(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """As forward, where experts are whole blocks: the rows are k-fold inside of one."""
+        if len(names) > 1:
+            raise ValueError(
+                f"adapters {', '.join(names)} are active together, and one of them mixes whole "
+                "feed-forward blocks, which leaves no room for another: use set_adapter"
+            )
+        with self._brought_in():
+            pool, dropout = self._pool(names[0]), self.remix_dropout[names[0]]
+            base = partial(self.base_layer, *args, **kwargs)
+            return in_block(pool, base, x, dropout, self.training)
+
     def _mixed(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """As forward; x is len(names) groups of equally many rows, group i for adapter names[i]."""
         base: Any = self.base_layer
+        whole = next((n for n in names if n in self.sites and self.sites[n].whole_blocks), None)
+        if whole is not None:
+            raise ValueError(
+                f"adapter_names names {whole!r}, which mixes whole feed-forward blocks: its rows "
+                "cannot share a batch with other adapters'"
+            )
         y = base(x, *args, **kwargs)
         if len(x) % len(names):
             raise ValueError(wrong_length(names, len(x)))

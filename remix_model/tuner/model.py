@@ -142,6 +142,7 @@ class ReMixModel(BaseTuner):
         }
         if config.router_sharing == "block":
             _share_routers(layers, adapter_name)
+        _check_whole_blocks(model, layers, adapter_name)
         warned = [False]
         known = [layer.sequence_pass for layer in layers.values()]
         sequence_pass = next((one for one in known if one is not None), None)
@@ -179,8 +180,9 @@ class ReMixModel(BaseTuner):
             if not isinstance(module, ReMixLayer):
                 continue
             for name in (name for name in module.active_adapters if name in module.sites):
-                pool = module.remix_lora_A[name].numel() + module.remix_lora_B[name].numel()
-                total += pool // module.num_experts[name] * module.top_k[name]
+                for stacked in (module.remix_lora_A[name], module.remix_lora_B[name]):
+                    # One A may be all experts'.
+                    total += stacked[0].numel() * min(module.top_k[name], len(stacked))
                 if name in module.remix_router:
                     total += module.remix_router[name].numel()
         return total
@@ -241,13 +243,41 @@ def _share_routers(layers: dict[str, ReMixLayer], adapter_name: str) -> None:
             layer.follow(adapter_name, name, layers[leader], leader)
 
 
+def _check_whole_blocks(model: nn.Module, layers: dict[str, ReMixLayer], adapter_name: str) -> None:
+    """Raise ValueError where experts are to be whole blocks and not all of a block is adapted."""
+    for name, layer in layers.items():
+        site = layer.sites[adapter_name]
+        if not (site.whole_blocks and isinstance(site, RoutingSite)):
+            continue
+        parent = name.rpartition(".")[0]
+        children = dict(model.get_submodule(parent).named_children())
+        left = [
+            child
+            for child, module in children.items()
+            if not isinstance(module, ReMixLayer) and _is_linear(module)
+        ]
+        if left or site.shared is None:
+            missing = f"{', '.join(left)} is not adapted" if left else "it has one linear"
+            raise ValueError(
+                f"router_type='{site.router.name}' mixes whole feed-forward blocks, and of "
+                f"{parent or 'the model'} {missing}: name all of a block's linears in "
+                "target_modules"
+            )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    try:
+        linear_features(module)
+    except ValueError:
+        return False
+    return True
+
+
 def _linear_names(model: nn.Module) -> list[str]:
     """The last names of the model's linears, each once, in the model's order."""
     names: dict[str, None] = {}
     for name, module in model.named_modules():
-        try:
-            linear_features(module)
-        except ValueError:
+        if not _is_linear(module):
             continue
         names[name.rsplit(".", 1)[-1] if "base_layer" not in name else name.split(".")[-2]] = None
     return list(names)

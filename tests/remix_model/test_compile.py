@@ -227,3 +227,31 @@ def test_generation_with_a_static_cache(config, make_llama, make_remix):
     )
     assert torch.equal(got, want)
     assert graphs() > 0
+
+
+@pytest.mark.parametrize("kind", ["mixlora_block", "mor"])
+def test_learned_weights_in_one_graph(
+    kind, make_remix, make_llama, make_batch, take_grads, assert_same
+):
+    """A plain training pass without breaks; inside sample_routing, with breaks, the same."""
+    grads = []
+    for compiled in (False, True):
+        model = make_remix(make_llama(layers=1), router_type=kind).train()
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(**make_batch()).loss.backward()
+        grads.append(take_grads(model))
+    assert_same(grads[1], grads[0], 1e-6)
+    sampled = []
+    for compiled in (False, True):
+        model = make_remix(make_llama(layers=1), router_type=kind).train()
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        with sample_routing(model, num_selections=1, load_balancing_coef=0.5, seed=0) as routing:
+            losses, mask = token_losses(run, routing.expand(make_batch()))
+            loss = routing.loss(losses, mask)
+        loss.backward()
+        sampled.append(take_grads(model))
+    assert_same(sampled[1], sampled[0], 1e-6)
+    routers = [name for name in grads[0] if "router" in name]
+    assert not any(torch.allclose(grads[0][name], sampled[0][name]) for name in routers)
