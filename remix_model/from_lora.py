@@ -21,6 +21,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from remix_model.routers import ROUTERS
 from remix_model.tuner.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -112,6 +113,11 @@ def pool_config(loras: Sequence[SavedLora], config: ReMixConfig) -> ReMixConfig:
         raise ValueError(
             f"num_experts={config.num_experts}, and {len(loras)} LoRAs are to be the experts: make "
             "them equal"
+        )
+    if ROUTERS[config.router_type].shared_a:
+        raise ValueError(
+            f"router_type={config.router_type!r} has one A for all experts, and {len(loras)} LoRAs "
+            "have one each: use another type"
         )
     for lora in loras:
         _check_linears(str(lora.folder), set(lora.ranks), str(loras[0].folder), set(loras[0].ranks))
