@@ -3,6 +3,7 @@
     step       forward + backward of 8 sequences of 128 tokens, adapters on gate/up/down, fp32,
                logits at the labelled positions only in every variant; also the most that torch
                holds during the step, over what it held before (the gradients included)
+    routers    the same step with every type of router, beside ReMix's per selection and the loop
     generate   greedy tokens with a KV cache, batch 1, adapters not merged
 
 A ReMix step runs M selections, so its time is divided by M: "per selection". `mixlora_loop` is a
@@ -11,6 +12,7 @@ inputs x M = 4 in one pass of 32 sequences; `separate` the same number of sequen
 Unit: s a step, tokens/s.
 
     python -m benchmarks.bench_train_step [--rounds 5] [--parts step fold generate] [--no-save]
+    python -m benchmarks.bench_train_step --parts routers
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import remix_model
 from benchmarks import expert_loop
 from benchmarks.common import Timing, interleaved, peak_bytes, prepare_cpu, write_rows
 from remix_model import ReMixConfig, load_model, sample_routing, token_losses
+from remix_model.routers import ROUTERS
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 N, K, R = 8, 4, 8
@@ -48,6 +51,14 @@ def pair() -> tuple[nn.Module, nn.Module]:
     """(PEFT LoRA of rank k r, ReMix)."""
     lora = build(LoraConfig(r=K * R, lora_alpha=2, use_rslora=True, target_modules=TARGETS))
     return lora, build(ReMixConfig(num_experts=N, top_k=K, r=R, target_modules=TARGETS))
+
+
+def routed(router_type: str) -> nn.Module:
+    """With a type of router."""
+    config = ReMixConfig(
+        num_experts=N, top_k=K, r=R, target_modules=TARGETS, router_type=router_type
+    )
+    return build(config)
 
 
 def batch_of(size: int, label_share: float) -> dict[str, torch.Tensor]:
@@ -144,7 +155,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--label-share", type=float, default=0.5)
     parser.add_argument(
-        "--parts", nargs="+", default=["step", "fold", "generate"], help="what to measure"
+        "--parts",
+        nargs="+",
+        default=["step", "fold", "generate"],
+        choices=["step", "fold", "routers", "generate"],
+        help="what to measure",
     )
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
@@ -170,6 +185,13 @@ def main() -> None:
             "folded": remix_step(remix, one, 4),
         }
         report(rows, f"fold {shape}", interleaved(folds, args.rounds, warmup=1), {})
+    if "routers" in args.parts:
+        kinds = [kind for kind in ROUTERS if kind != "remix"]
+        steps = {"remix_M2": remix_step(remix, one, 2)}
+        steps |= {kind: remix_step(routed(kind), one, 1) for kind in kinds}
+        steps["mixlora_loop"] = lora_step(expert_loop.build(TARGETS, N, K, R), one)
+        times = interleaved(steps, args.rounds, warmup=1)
+        report(rows, f"routers {shape}", times, {"remix_M2": 2})
     if "generate" in args.parts:
         runs = {"lora_kr": generation(lora), "remix": generation(remix)}
         times = interleaved(runs, args.rounds, warmup=1)

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 
 from remix_model import force_selection, record_routing, sample_routing, token_losses
+from remix_model.routers import make_router
 from remix_model.sharing import FollowingSite, SharedSelection
 from remix_model.site import find_sites
 from remix_model.tuner.layer import ReMixLayer
@@ -127,7 +128,7 @@ def test_a_linear_that_runs_first():
         index = torch.zeros(3, 2)
 
     shared = SharedSelection("gate")
-    up = FollowingSite(2, "up", shared)
+    up = FollowingSite(make_router("remix", 4, 2), "up", shared)
     with pytest.raises(RuntimeError, match="up follows the router of gate, which has not run"):
         up.select(torch.zeros(3, 4), None, False)
     shared.put(Selected())
@@ -145,7 +146,7 @@ def test_each_follows_once_a_pass():
         index = torch.zeros(3, 2)
 
     shared = SharedSelection("gate")
-    up, down = FollowingSite(2, "up", shared), FollowingSite(2, "down", shared)
+    up, down = FollowingSite(make_router("remix", 4, 2), "up", shared), FollowingSite(make_router("remix", 4, 2), "down", shared)
     x = torch.zeros(3, 4)
     shared.put(Selected())
     up.select(x, None, False)
