@@ -8,7 +8,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,7 +17,9 @@ from remix_model import (
     ReMixTrainer,
     RoutedLoRALinear,
     Router,
+    export_static_lora,
     force_selection,
+    from_lora_adapters,
     record_routing,
     register_router,
     rloo_surrogate,
@@ -226,12 +228,13 @@ def test_the_loss_without_its_load_balancing_is_warned_of(make_remix, make_batch
     assert all(float(p.grad.norm()) > 0 for n, p in quiet.named_parameters() if "router" in n)
 
 
-def test_mor_as_a_policy_is_trained_by_rloo(make_remix, make_batch, take_grads, assert_same):
+@pytest.mark.parametrize("detached", [True, False], ids=["detached", "undetached"])
+def test_mor_as_a_policy_is_trained_by_rloo(
+    detached, make_remix, make_batch, take_grads, assert_same
+):
     """Against plain autograd through log s, with the selections that were drawn."""
-    model, batch = (
-        make_remix(router_type="mor", router_kwargs={"train": "rloo"}).train(),
-        make_batch(),
-    )
+    config = {"router_kwargs": {"train": "rloo"}, "router_detach_input": detached}
+    model, batch = make_remix(router_type="mor", **config).train(), make_batch()
     with sample_routing(model, num_selections=3, seed=1, log_prob="ordered") as routing:
         losses, mask = token_losses(model, routing.expand(batch))
         loss = routing.loss(losses, mask)
@@ -241,7 +244,9 @@ def test_mor_as_a_policy_is_trained_by_rloo(make_remix, make_batch, take_grads, 
     seen = {}
     for name in drawn:
         model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: seen.__setitem__(name, args[0].detach())
+            lambda module, args, name=name: seen.__setitem__(
+                name, args[0].detach() if detached else args[0]
+            )
         )
     folded = {key: value.repeat(3, 1) for key, value in batch.items()}
     with force_selection(model, drawn), warnings.catch_warnings():
@@ -303,19 +308,30 @@ def test_a_shared_a_is_stored_and_counted_once(make_remix):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("granularity", ["token", "sequence"])
-def test_generation_reads_its_cache(kind, granularity, make_remix, make_batch):
-    model = make_remix(routing_granularity=granularity, **router_of(kind, KINDS[kind])).eval()
-    prompt = {"input_ids": make_batch()["input_ids"][:2, :6]}
-    texts = [
-        model.generate(**prompt, do_sample=False, max_new_tokens=5, use_cache=cached)
-        for cached in (True, False)
-    ]
-    if granularity == "token":
-        assert torch.equal(*texts)
-    else:  # without a cache, what is generated would count as prompt
-        assert texts[0].shape == texts[1].shape
+@pytest.mark.parametrize("kind", [*KINDS, "mor_rloo"])
+def test_generation_reads_its_cache(kind, make_llama, make_remix, make_batch):
+    """Also of one row in fp32, which may decode the short way."""
+    for base, rows in ((None, 2), (make_llama(dtype=torch.float32), 1)):
+        model = make_remix(base, **router_of(kind, ALL[kind])).eval()
+        prompt = make_batch()["input_ids"][:rows, :6]
+        with torch.no_grad():
+            whole = model(prompt).logits
+            cache = model(prompt[:, :5], use_cache=True).past_key_values
+            last = model(prompt[:, 5:], past_key_values=cache).logits
+        torch.testing.assert_close(last[:, 0], whole[:, 5], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mixlora", "mixlora_block"])
+def test_a_sequence_keeps_its_weights_while_decoding(kind, make_remix, make_batch):
+    """As if the prompt had forced experts and weights on all that follows."""
+    model = make_remix(routing_granularity="sequence", router_type=kind).eval()
+    tokens = make_batch()["input_ids"][:2, :7]
+    labels = torch.where(torch.arange(7) < 4, -100, tokens)  # the prompt is the first four
+    with torch.no_grad():
+        whole = model(input_ids=tokens, labels=labels).logits
+        cache = model(tokens[:, :4], use_cache=True).past_key_values
+        rest = model(tokens[:, 4:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, whole[:, 4:], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["mixlora", "hydralora", "mor"])
@@ -414,3 +430,23 @@ def test_wrong_uses_are_named(make_remix, make_batch, sampled_loss):
     with pytest.raises(ValueError, match="'remix' is ReMixRouter already"):
         register_router("remix")(type("Other", (Router,), {}))
     assert make_router("hydralora", 5, 2).top_k == 5
+
+
+def test_what_learned_weights_cannot_do_is_said(make_llama, make_remix, make_batch, tmp_path):
+    model = make_remix(router_type="mixlora")
+    experts = {name: [0, 1] for name in find_sites(model)}
+    with pytest.raises(ValueError, match="'mixlora' weighs its experts anew for every token"):
+        export_static_lora(model, experts, tmp_path / "lora")
+    for expert in ("a", "b"):
+        lora = get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["up_proj"]))
+        lora.save_pretrained(tmp_path / expert)
+    config = ReMixConfig(router_type="hydralora", num_experts=2, top_k=1, r=2)
+    with pytest.raises(ValueError, match="has one A for all experts, and 2 LoRAs have one each"):
+        from_lora_adapters(make_llama(), [tmp_path / "a", tmp_path / "b"], config)
+    blocks = make_remix(router_type="mixlora_block")
+    with pytest.raises(ValueError, match=r"mixes whole feed-forward blocks: its rows"):
+        blocks(**make_batch(), adapter_names=["default"] * 3)
+    blocks.add_adapter("other", ReMixConfig(num_experts=2, top_k=1, r=2))
+    blocks.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="default, other are active together, and one of them"):
+        blocks(**make_batch())

@@ -146,7 +146,10 @@ def test_each_follows_once_a_pass():
         index = torch.zeros(3, 2)
 
     shared = SharedSelection("gate")
-    up, down = FollowingSite(make_router("remix", 4, 2), "up", shared), FollowingSite(make_router("remix", 4, 2), "down", shared)
+    up, down = (
+        FollowingSite(make_router("remix", 4, 2), "up", shared),
+        FollowingSite(make_router("remix", 4, 2), "down", shared),
+    )
     x = torch.zeros(3, 4)
     shared.put(Selected())
     up.select(x, None, False)
