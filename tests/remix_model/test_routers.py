@@ -36,6 +36,7 @@ KINDS = {
     "hydralora": {},
     "mor": {"router_kwargs": {"num_routers": 3}},
 }
+NO_BALANCE = {"load_balancing_coef": 0.0}
 ALL = {**KINDS, "uniform": {}, "mor_rloo": {"router_kwargs": {"train": "rloo"}}}
 IN, OUT, N, K, R = 6, 5, 4, 2, 3
 
@@ -162,6 +163,30 @@ def test_checkpointing_changes_no_gradient(kind, checkpointed, grads_of, assert_
     want = grads_of("off", config=config, **options)
     assert all(float(grad.norm()) > 0 for grad in want.values())
     assert_same(grads_of(checkpointed, config=config, **options), want, 1e-9)
+
+
+@pytest.mark.parametrize("checkpointed", ["reentrant", "non-reentrant"])
+def test_forced_experts_are_recomputed(
+    checkpointed, make_remix, make_batch, checkpointing, take_grads, random_selections, assert_same
+):
+    """In the backward pass force_selection has ended; two losses with other experts share it."""
+    grads = []
+    for kind in ("off", checkpointed):
+        model = checkpointing(make_remix(router_type="hydralora", router_sharing="block"), kind)
+        total = 0.0
+        for seed in (0, 1):
+            with sample_routing(model, num_selections=1, seed=seed) as routing:
+                losses, mask = token_losses(model, routing.expand(make_batch(seed=seed)))
+                total = total + routing.loss(losses, mask)
+        total.backward()
+        grads.append(take_grads(model))
+        model = checkpointing(make_remix(router_type="mixlora", router_kwargs=NO_BALANCE), kind)
+        with force_selection(model, random_selections(model)):
+            loss = model(**make_batch()).loss
+        loss.backward()
+        grads.append(take_grads(model))
+    assert_same(grads[2], grads[0], 1e-9)
+    assert_same(grads[3], grads[1], 1e-9)
 
 
 @pytest.mark.parametrize("checkpointed", ["off", "reentrant", "non-reentrant"])
