@@ -25,6 +25,7 @@ from remix_model.delivery import DeliverRouterGradient, in_backward
 from remix_model.errors import NonFiniteError
 from remix_model.forced import spread_forced
 from remix_model.granularity import SequencePass, pool, spread_over
+from remix_model.replay import Replayed
 from remix_model.routers import Router
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Selection:
     drawn_weights: Tensor | None = None
 
 
-class RoutingSite:
+class RoutingSite(Replayed):
     """Chooses the experts of one layer's rows: drawn, forced, replayed, or the top k."""
 
     def __init__(
@@ -88,6 +89,7 @@ class RoutingSite:
             detached: Whether the router's gradient stops at the router.
             per_sequence: One decision for a sequence rather than one for each row.
         """
+        super().__init__()
         self.router = router
         self.num_experts = router.num_experts
         self.top_k = router.top_k
@@ -100,16 +102,6 @@ class RoutingSite:
         self.name = ""
         self.stream = 0
         self.state: RoutingState | None = None  # inside sample_routing
-        # What recomputations repeat, by the layer's mode, so that evaluating forgets no training.
-        # Whose draw the last pass used.
-        self.last: dict[bool, RoutingState | None] = {True: None, False: None}
-        # What the last unsampled pass had to use, and what it read where sequences are routed.
-        self.last_forced: dict[bool, Tensor | None] = {True: None, False: None}
-        self.last_prompt: dict[bool, Tensor | None] = {True: None, False: None}
-        self.replaying: RoutingState | None = None  # whose backward pass is running
-        self.replayed = False  # whether this layer was recomputed in it
-        self.ambiguous = False  # another state's backward pass began before that
-        self.graph_task = -1
         self.forced: Tensor | None = None
         self.records: list[SiteRecord] = []
         self.recorded: SiteRecord | None = None  # by the last record_routing
@@ -148,16 +140,6 @@ class RoutingSite:
             and self.shared is None
             and not in_backward()
         )
-
-    def note_top_k(self, training: bool) -> None:
-        """A plain top-k pass ran: what a recomputation in this mode would repeat."""
-        self.replaying = self.last[training] = self.last_forced[training] = None
-
-    def forget(self, state: RoutingState) -> None:
-        """`state` has its loss, and with it its backward pass says itself when it runs."""
-        for training, last in self.last.items():
-            if last is state:
-                self.last[training] = None
 
     def policy_is_trained(self) -> bool:
         """Whether the layer's router takes a gradient by RLOO."""
@@ -313,23 +295,6 @@ class RoutingSite:
             self.warned[0] = True
             warnings.warn(message, stacklevel=4)
 
-    def begin_backward(self, state: RoutingState, graph_task: int) -> None:
-        """`state`'s backward pass has begun: recomputations in it replay what it drew.
-
-        Several losses may share one backward pass. Recomputation does not say which it is for, so
-        a state may follow another only after this layer was recomputed for that one.
-        """
-        shared = self.replaying not in (None, state) and self.graph_task == graph_task
-        if shared and not self.replayed:
-            self.ambiguous = True
-            return
-        self.replaying, self.replayed, self.ambiguous = state, False, False
-        self.graph_task = graph_task
-
-    def end_backward(self) -> None:
-        """The backward pass is over."""
-        self.replaying, self.ambiguous = None, False
-
     def _logits(self, x: Tensor, router: Tensor | None, temperature: float) -> Tensor:
         """z / temperature in fp32, whatever the dtypes and whatever autocast says."""
         weight: Any = None if router is None else cast(router, torch.float32)
@@ -427,15 +392,6 @@ class RoutingSite:
                 f"{list(index.shape[:-1])}: call backward on a loss before the next forward pass"
             )
         return self.selection(index, logits, seen, x, None)
-
-    def check_whose(self) -> None:
-        """Raise RuntimeError when it cannot be told which pass a recomputation repeats."""
-        if self.ambiguous:
-            raise RuntimeError(
-                f"{self.name} is recomputed by activation checkpointing in a backward pass that "
-                "several sample_routing losses share, which does not say whose pass it repeats: "
-                "call backward on each loss by itself"
-            )
 
     def _is_of(self, drawn: Tensor, x: Tensor, state: RoutingState | None) -> bool:
         """Whether a saved draw is one of x's rows."""

@@ -224,7 +224,8 @@ def test_load_balancing_is_its_formula(
         loss = loss + coef * balance / len(sites) * (mask.sum() / items)
     (loss * scale).backward()
     want = take_grads(model)
-    loss, _ = sampled_loss(model, batch, items, num_selections=1, load_balancing_coef=coef)
+    loss, state = sampled_loss(model, batch, items, num_selections=1, load_balancing_coef=coef)
+    assert not state.selections  # nothing was drawn, so nothing is kept
     (loss * scale).backward()
     assert_same(take_grads(model), want, 1e-6)
 
@@ -455,6 +456,7 @@ def test_wrong_uses_are_named(make_remix, make_batch, sampled_loss):
     with pytest.raises(ValueError, match="'remix' is ReMixRouter already"):
         register_router("remix")(type("Other", (Router,), {}))
     assert make_router("hydralora", 5, 2).top_k == 5
+    assert ReMixConfig(router_type="hydralora").top_k == 8
 
 
 def test_what_learned_weights_cannot_do_is_said(make_llama, make_remix, make_batch, tmp_path):
