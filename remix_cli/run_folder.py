@@ -294,8 +294,9 @@ def resolve_config(file: str | None, overrides: Mapping[str, Any]) -> RunConfig:
     changed = [
         name
         for name in given
-        if name not in _RESUME_MAY_CHANGE
-        and absolute_path(name, given[name]) != saved.get(name, given[name])
+        if name in saved
+        and name not in _RESUME_MAY_CHANGE
+        and absolute_path(name, given[name]) != saved[name]
     ]
     if changed:
         name = changed[0]
