@@ -7,6 +7,14 @@ from typing import Any
 
 import torch
 
+from remix_model.architecture import prompt_positions
+
+
+def max_answer_end(model: Any) -> int | None:
+    """Return how many tokens prompt and answer may have together; None: there is no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return None if limit is None else int(limit) - prompt_positions(model)[0]
+
 
 def answer(
     model: Any,
@@ -35,7 +43,7 @@ def answer(
     Raises:
         ValueError: The prompt is empty, or prompt and answer are longer than the model allows.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = max_answer_end(model)
     if not ids:
         raise ValueError("the prompt is empty: give at least one character")
     if limit is not None and len(ids) + max_new_tokens > limit:

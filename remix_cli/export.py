@@ -21,7 +21,7 @@ from remix_model.tokens import DataCollator
 def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Run the command; see `remix export --help`."""
     quiet_libraries()
-    folder = adapter_folder(args.adapter)
+    folder = adapter_folder(args.adapter, routed=True)
     config = adapter_config(folder, overrides)
     output = check_directory(args.output)
     by_data = args.selection == MOST_FREQUENT

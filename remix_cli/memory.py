@@ -63,6 +63,15 @@ class MemoryEstimate:
         return sum(asdict(self).values())
 
 
+# `at_once` of a method without selections.
+ONE_PASS = {
+    "selections_at_once": 1,
+    "forward_only_at_once": 0,
+    "collected_at_once": 0,
+    "held_gradients": False,
+}
+
+
 def at_once(plan: Sequence[Part]) -> dict[str, Any]:
     """What of a step's parts is in memory together, as `estimate_memory` takes it."""
     return {
@@ -158,7 +167,9 @@ def _largest_block(model: Any) -> int:
 
 
 def _routers(model: Any) -> list[Any]:
-    from remix_model.site import find_sites
+    from remix_model.site import RoutedModule, find_sites
 
+    if not any(isinstance(module, RoutedModule) for module in model.modules()):
+        return []
     weights = (site.router_weight for site in find_sites(model).values())
     return [weight for weight in weights if weight is not None]

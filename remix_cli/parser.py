@@ -20,7 +20,8 @@ from remix_cli.config import (
 GROUP_TITLES = {
     "model": "base model",
     "data": "data",
-    "method": "mixture of LoRAs",
+    "method": "what is trained",
+    "peft": "PEFT's own methods",
     "training": "training",
     "output": "output",
 }

@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 
-from remix_cli.config import RunConfig, build_config, option_fields, read_yaml
+from remix_cli.arguments import training_arguments
+from remix_cli.config import RunConfig, build_config, has_option, option_fields, read_yaml
 from remix_cli.display import console
+from remix_cli.options import PEFT_METHODS
 from remix_cli.run_folder import CONFIG_FILE, check_output_dir, checkpoint_to_resume, is_run
 from remix_kernels._dispatch import resolve_backend
+from remix_model.baselines import baseline_config, check_targets
 from remix_model.data import Example, load_examples, split_examples
 from remix_model.from_lora import from_lora_adapters, pool_config, read_lora
 from remix_model.models import load_config, load_model, load_tokenizer, resolve_device
+from remix_model.peft_files import add_adapter, load_peft_adapter, method_of
 from remix_model.tokens import tokenize
 from remix_model.tuner.adapter_files import CONFIG_NAME, read_config
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainingArguments,
+    )
 
-    from remix_model import ReMixConfig, ReMixTrainingArguments
+    from remix_model import ReMixConfig
 
 
 @dataclass
 class Plan:
     """A run that was checked as far as it can be without its weights."""
 
-    adapter: ReMixConfig
-    arguments: ReMixTrainingArguments
+    adapter: PeftConfig  # a ReMixConfig, or one of PEFT's own
+    arguments: TrainingArguments  # ReMixTrainingArguments for a mixture
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     train_rows: list[dict[str, list[int]]]
@@ -64,7 +72,8 @@ def prepare(config: RunConfig, *, check_folder: bool = True) -> Plan:
         for damage in damages:
             console.print(f"{damage}: continuing from an older checkpoint")
     check_backend(config)
-    adapter, arguments = method_config(config), training_arguments(config)
+    adapter: PeftConfig | None = method_config(config) if config.is_routed else None
+    arguments = training_arguments(config)
     examples, held_out = read_data(config)
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
@@ -72,6 +81,9 @@ def prepare(config: RunConfig, *, check_folder: bool = True) -> Plan:
     held_out_rows = encode(held_out, config, tokenizer, model_config)
     if config.eval_steps is not None and not held_out_rows:
         raise ValueError("eval_steps needs held-out data: give eval_dataset or eval_size")
+    if adapter is None:
+        base = base_skeleton(config, model_config, torch.float32)
+        adapter = peft_method_config(config, base)
     skeleton(config, model_config, adapter, torch.float32)
     held_out_rows.sort(key=lambda row: len(row["input_ids"]))
     return Plan(
@@ -89,6 +101,8 @@ def prepare(config: RunConfig, *, check_folder: bool = True) -> Plan:
 
 def check_backend(config: RunConfig) -> None:
     """Raise ValueError unless the backend, which REMIX_BACKEND may name, is there."""
+    if not config.is_routed:
+        return
     resolve_backend(config.backend, torch.empty(0, device=resolve_device(config.device)))
 
 
@@ -131,12 +145,25 @@ def encode(
         examples,
         tokenizer,
         max_length=config.max_length,
-        model_max_length=getattr(model_config, "max_position_embeddings", None),
+        model_max_length=positions(config, model_config),
         long_examples=config.long_examples,
         train_on=config.train_on,
     )
     check_vocabulary(max(max(row["input_ids"]) for row in rows), config, model_config)
     return rows
+
+
+def positions(config: RunConfig, model_config: PretrainedConfig) -> int | None:
+    """Return how long a sequence may be: a learned prompt takes positions of the model's too."""
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is None or not has_option(config.method, "num_virtual_tokens"):
+        return limit
+    if limit < config.num_virtual_tokens + 2:
+        raise ValueError(
+            f"num_virtual_tokens={config.num_virtual_tokens} leaves no room in the model's {limit} "
+            "positions: lower it"
+        )
+    return int(limit) - config.num_virtual_tokens
 
 
 def check_vocabulary(largest: int, config: RunConfig, model_config: PretrainedConfig) -> None:
@@ -158,13 +185,10 @@ def method_config(config: RunConfig) -> ReMixConfig:
             "routing_granularity=sequence chooses experts from the tokens before the first label, "
             "and train_on=all labels them all: set train_on=response, or routing_granularity=token"
         )
-    ours = ("backend", "from_lora")
+    ours = ("method", "backend", "from_lora")
     names = [item.name for item in option_fields("method") if item.name not in ours]
     values = {name: getattr(config, name) for name in names}
-    for name in ("target_modules", "exclude_modules"):
-        # A bare name is one module; PEFT would read it as a regular expression for the whole path.
-        if isinstance(values[name], str) and re.fullmatch(r"\w+", values[name]):
-            values[name] = [values[name]]
+    _list_names(values)
     runtime = {"backend": config.backend}
     adapter = ReMixConfig(task_type="CAUSAL_LM", runtime_config=runtime, **values)
     if config.from_lora is None:
@@ -172,109 +196,76 @@ def method_config(config: RunConfig) -> ReMixConfig:
     return pool_config([read_lora(folder) for folder in config.from_lora], adapter)
 
 
-def adapt(base: Any, config: RunConfig, adapter: ReMixConfig) -> PeftModel:
-    """Put a new adapter on the base model; its experts may start as trained LoRAs."""
+def _list_names(values: dict[str, Any]) -> None:
+    """Make a bare name a list of one, which PEFT would read as an expression for a whole path."""
+    for name in ("target_modules", "exclude_modules"):
+        value = values.get(name)
+        if isinstance(value, str) and re.fullmatch(r"\w+", value):
+            values[name] = [value]
+
+
+def peft_method_config(config: RunConfig, base: Any) -> PeftConfig:
+    """Return the configuration of one of PEFT's own methods, for a base on any device.
+
+    Raises:
+        ValueError: It does not fit the model, or needs what was not given.
+    """
+    values = {
+        item.name: getattr(config, item.name)
+        for item in option_fields("method", "peft")
+        if item.name != "method" and has_option(config.method, item.name)
+    }
+    _list_names(values)
+    if "rank" in values:
+        k, r = values.pop("top_k"), values.pop("r")
+        values["rank"] = values["rank"] or k * r
+    check_targets(base, values.get("target_modules"))
+    return baseline_config(config.method, base, **values)
+
+
+def adapt(base: Any, config: RunConfig, adapter: PeftConfig) -> PeftModel:
+    """Put a new adapter on the base model; a mixture's experts may start as trained LoRAs."""
+    from remix_model import ReMixConfig
+
     if config.from_lora is None:
-        return get_peft_model(base, adapter)
+        return add_adapter(base, adapter)
+    assert isinstance(adapter, ReMixConfig)  # no other method has from_lora
     return from_lora_adapters(base, config.from_lora, adapter)
 
 
-def training_arguments(config: RunConfig) -> ReMixTrainingArguments:
-    """Return the trainer's arguments, which check their own values."""
-    from remix_model import ReMixTrainingArguments
+def base_skeleton(
+    config: RunConfig, model_config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Return the base model on the meta device: all shapes and names, no weights."""
+    from transformers import AutoModelForCausalLM
 
-    if config.num_selections < 2:
-        raise ValueError(
-            f"num_selections={config.num_selections}: training the routers compares at least 2 "
-            f"sampled selections of each example"
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
         )
-    if config.max_steps != -1 and config.max_steps < 1:
-        raise ValueError(
-            f"max_steps={config.max_steps}: give at least 1, or -1 to train num_train_epochs"
-        )
-    if config.max_steps == -1 and config.num_train_epochs <= 0:
-        raise ValueError(f"num_train_epochs={config.num_train_epochs} would train nothing")
-    if config.warmup_ratio >= 1:
-        raise ValueError(f"warmup_ratio must be a share below 1, got {config.warmup_ratio}")
-    on_cpu = resolve_device(config.device).type == "cpu"
-    same = (
-        "learning_rate",
-        "num_train_epochs",
-        "max_steps",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-        "lr_scheduler_type",
-        "weight_decay",
-        "max_grad_norm",
-        "bf16",
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-        "seed",
-    )
-    ours = (
-        "num_selections",
-        "grad_selections",
-        "selection_chunk_size",
-        "selection_parallel",
-        "credit",
-        "log_prob",
-        "logprob_tokens",
-        "advantage_norm",
-        "router_entropy_coef",
-        "load_balancing_coef",
-        "temperature",
-        "temperature_end",
-        "router_learning_rate",
-        "router_max_grad_norm",
-    )
-    values: dict[str, Any] = {name: getattr(config, name) for name in same}
-    values.update({f"remix_{name}": getattr(config, name) for name in ours})
-    values.update(
-        output_dir=str(Path(config.output_dir).expanduser()),
-        warmup_steps=config.warmup_ratio,  # transformers reads a number below 1 as a share
-        eval_strategy="no" if config.eval_steps is None else "steps",
-        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
-        include_num_input_tokens_seen="non_padding",
-        use_cpu=on_cpu,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=not on_cpu,
-    )
-    if config.gradient_checkpointing:
-        known = {item.name for item in fields(ReMixTrainingArguments)}
-        new_name = "activation_checkpointing"
-        values[new_name if new_name in known else "gradient_checkpointing"] = True
-    try:
-        return ReMixTrainingArguments(**values)
-    except ValueError as error:
-        raise ValueError(str(error).replace("remix_", "")) from None  # as our options are named
 
 
 def skeleton(
-    config: RunConfig, model_config: PretrainedConfig, adapter: ReMixConfig, dtype: torch.dtype
+    config: RunConfig, model_config: PretrainedConfig, adapter: PeftConfig, dtype: torch.dtype
 ) -> Any:
     """Return the adapted model on the meta device: all shapes and names, no weights.
 
     Raises:
         ValueError: The adapter does not fit the model: nothing to adapt, or not a linear layer.
     """
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            model_config,
-            dtype=dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
-        return get_peft_model(base, copy.deepcopy(adapter))
+        return add_adapter(base_skeleton(config, model_config, dtype), adapter)
 
 
-def adapter_folder(path: str) -> Path:
+def adapter_folder(path: str, *, routed: bool = False) -> Path:
     """Check that a folder holds an adapter in safetensors, and return it.
+
+    Args:
+        path: The folder.
+        routed: Only a mixture will do.
 
     Raises:
         ValueError: It does not.
@@ -292,11 +283,12 @@ def adapter_folder(path: str) -> Path:
             f"{folder} holds no adapter_model.safetensors: adapter weights are read from "
             f"safetensors only"
         )
-    saved = read_config(folder / CONFIG_NAME)
-    if saved.get("peft_type") != "REMIX":
+    kind, method = read_config(folder / CONFIG_NAME).get("peft_type"), method_of(folder)
+    if method is None or (routed and kind != "REMIX"):
+        wanted = "a mixture" if routed else f"a mixture or one of {', '.join(PEFT_METHODS)}"
         raise ValueError(
-            f"{folder / 'adapter_config.json'} describes an adapter of type "
-            f"{saved.get('peft_type')!r}: this command needs a ReMix adapter"
+            f"{folder / CONFIG_NAME} describes an adapter of type {kind!r}: this command needs "
+            f"{wanted}"
         )
     return folder
 
@@ -312,11 +304,12 @@ def adapter_config(folder: Path, overrides: Mapping[str, Any]) -> RunConfig:
             base = read_yaml(place / CONFIG_FILE)
             base.pop("trust_remote_code", None)  # a folder must not decide that code is run
             break
-    if not base and "model" not in overrides:
+    base["method"] = method_of(folder)  # the weights are that, whatever a run's file says
+    if "model" not in base and "model" not in overrides:
         name = read_config(folder / CONFIG_NAME).get("base_model_name_or_path")
         if not name:
             raise ValueError(f"{folder} does not say what its base model is: give --model")
-        base = {"model": name}
+        base["model"] = name
     return build_config(overrides, base=base)
 
 
@@ -324,6 +317,8 @@ def load_adapter(folder: Path, config: RunConfig) -> tuple[PeftModel, PreTrained
     """Load the base model, the adapter on it, and the tokenizer."""
     check_backend(config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    if not config.is_routed:
+        return load_peft_adapter(load_base(config), folder), tokenizer
     adapted = PeftModel.from_pretrained(
         load_base(config), folder, runtime_config={"backend": config.backend}
     )

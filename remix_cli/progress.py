@@ -123,4 +123,4 @@ def _bar(description: str, total: int, completed: int) -> Progress:
 
 def _tokens_seen(args: Any, state: Any) -> int:
     """Of the data: ranks that share a batch's selections have all counted it."""
-    return int(state.num_input_tokens_seen) // int(args.remix_selection_parallel)
+    return int(state.num_input_tokens_seen) // int(getattr(args, "remix_selection_parallel", 1))

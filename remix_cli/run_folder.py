@@ -22,12 +22,13 @@ from remix_cli.config import (
     CONFIG_HEADER,
     RunConfig,
     absolute_path,
-    build_config,
+    merge,
     option_fields,
     read_yaml,
     write_text,
     write_yaml,
 )
+from remix_cli.display import console
 from remix_model.saving import PARTIAL, PARTIAL_FILES, REMOVED
 
 CONFIG_FILE = "config.yaml"
@@ -281,23 +282,29 @@ def resolve_config(file: str | None, overrides: Mapping[str, Any]) -> RunConfig:
     Raises:
         ValueError: As `build_config`; or a resumed run would change what it is computing.
     """
-    config = build_config(overrides, file)
-    folder = Path(config.output_dir).expanduser()
-    if not config.resume or not is_run(folder):
-        return config
-    saved = read_yaml(folder / CONFIG_FILE)
-    saved.pop("trust_remote_code", None)  # a folder must not decide that code is run
-    given = {**(read_yaml(file) if file else {}), **overrides}
+    in_file = read_yaml(file) if file else {}
+    start = {**in_file, **overrides}
+    folder = Path(start.get("output_dir", RunConfig.output_dir)).expanduser()
+    saved: dict[str, Any] = {}
+    if start.get("resume") and is_run(folder):
+        saved = read_yaml(folder / CONFIG_FILE)
+        saved.pop("trust_remote_code", None)  # a folder must not decide that code is run
+        saved.setdefault("method", saved.get("router_type", "remix"))
+    given, left_out = merge(overrides, in_file, saved, place=file)
     changed = [
         name
         for name in given
-        if name not in _RESUME_MAY_CHANGE
-        and absolute_path(name, given[name]) != saved.get(name, given[name])
+        if name in saved
+        and name not in _RESUME_MAY_CHANGE
+        and absolute_path(name, given[name]) != saved[name]
     ]
     if changed:
         name = changed[0]
         raise ValueError(
-            f"the run in {config.output_dir} has {name}={saved[name]!r} and cannot go on with "
+            f"the run in {folder} has {name}={saved[name]!r} and cannot go on with "
             f"{given[name]!r}: leave it out, or start a run in another folder"
         )
-    return build_config(given, base=saved)
+    config = RunConfig(**{**saved, **given})
+    if left_out:
+        console.print(f"method={config.method} has no {', '.join(left_out)}: not taken from {file}")
+    return config

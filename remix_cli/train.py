@@ -7,17 +7,16 @@ import json
 import math
 import os
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from remix_cli.allocator import keep_freed_memory
-from remix_cli.answers import answer
-from remix_cli.config import RunConfig, write_yaml
+from remix_cli.answers import answer, max_answer_end
+from remix_cli.config import RunConfig, has_option, write_yaml
 from remix_cli.display import console, print_facts, print_losses, print_routing, print_sample
 from remix_cli.env import peak_memory_mib, versions
 from remix_cli.prepare import Plan, adapt, load_base, prepare, quiet_libraries
@@ -32,9 +31,12 @@ from remix_cli.run_folder import (
     write_json,
 )
 from remix_model import ReMixTrainer, record_routing
+from remix_model.adapter_trainer import AdapterTrainer
+from remix_model.baselines import activated_parameters
 from remix_model.card import write_model_card
 from remix_model.data import Example
 from remix_model.errors import SavingError
+from remix_model.peft_files import without_adapter
 from remix_model.tokens import DataCollator, prompt_ids
 
 
@@ -63,7 +65,8 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
             remove_leftovers(folder)
         elif is_main:
             start.begin(config)
-        trainer = ReMixTrainer(
+        trainer_class: Any = ReMixTrainer if config.is_routed else AdapterTrainer
+        trainer = trainer_class(
             model=model,
             args=plan.arguments,
             train_dataset=plan.train_rows,
@@ -107,7 +110,7 @@ class _FirstStep(TrainerCallback):
 def _run(
     config: RunConfig,
     plan: Plan,
-    trainer: ReMixTrainer,
+    trainer: Trainer,
     progress: ProgressCallback,
     folder: Path,
     is_main: bool,
@@ -119,25 +122,27 @@ def _run(
     facts = {
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": trainable,
-        "activated_parameters": model.base_model.activated_parameters(),
+        "activated_parameters": activated_parameters(model),
         "train_examples": len(train_rows),
         "eval_examples": len(held_out_rows),
     }
-    print_facts(f"ReMix on {config.model}, {config.dataset}", _labels(facts))
+    title = "ReMix" if config.method == "remix" else config.method
+    print_facts(f"{title} on {config.model}, {config.dataset}", _labels(facts))
 
-    with model.disable_adapter():
+    with without_adapter(model):
         loss_before = _held_out_loss(trainer, "before training")
     _train(trainer, progress, folder, plan.checkpoint)
     if progress.steps == 0 and _reported_steps(folder) == trainer.state.global_step:
         console.print(f"the run in {folder} was finished already: raise max_steps to go on")
         return
-    with record_routing(model) as recorder:
+    with record_routing(model) if config.is_routed else nullcontext() as recorder:
         loss_after = _held_out_loss(trainer, "after training")
-    routing = recorder.stats() if held_out_rows else None
+    routing = recorder.stats() if recorder and held_out_rows else None
 
     state = trainer.state
     history = [_numbers(entry) for entry in state.log_history]
     metrics: dict[str, Any] = {
+        "method": config.method,
         "eval_loss_before": loss_before,
         "eval_loss_after": loss_after,
         "train_steps": state.global_step,
@@ -149,7 +154,7 @@ def _run(
         "loss_history": [entry for entry in history if "loss" in entry],
         "eval_history": [entry for entry in history if "eval_loss" in entry],
         "routing": routing.to_dict() if routing else None,
-        "config": asdict(config),
+        "config": config.values(),
         "versions": versions(),
         "device": str(plan.arguments.device),
     }
@@ -162,10 +167,12 @@ def _run(
         folder,
         evaluation=facts_of_run.get("evaluation"),
         training=facts_of_run.get("training"),
+        fresh=not config.is_routed,  # PEFT has written a form to be filled in
     )
 
-    if routing is not None and loss_before is not None and loss_after is not None:
+    if routing is not None:
         print_routing("Routing on the held-out data", routing, config.top_k)
+    if loss_before is not None and loss_after is not None:
         if not trainer.accelerator.is_fsdp2:  # where all ranks would have to take part
             _print_samples(model, plan.tokenizer, plan.held_out, config)
         losses = [("before (base model)", loss_before), ("after", loss_after)]
@@ -177,7 +184,7 @@ def _run(
 
 
 def _train(
-    trainer: ReMixTrainer, progress: ProgressCallback, folder: Path, checkpoint: Path | None
+    trainer: Trainer, progress: ProgressCallback, folder: Path, checkpoint: Path | None
 ) -> None:
     """Train, and on a failure say what is left to continue from."""
     if checkpoint is not None:
@@ -209,12 +216,13 @@ def _reported_steps(folder: Path) -> int | None:
         return None
 
 
-def _held_out_loss(trainer: ReMixTrainer, when: str) -> float | None:
+def _held_out_loss(trainer: Trainer, when: str) -> float | None:
     """Return the held-out loss under top-k routing, None without held-out data."""
-    if trainer.eval_dataset is None:
+    rows: Any = trainer.eval_dataset
+    if rows is None:
         return None
     if not console.is_terminal:
-        console.print(f"evaluating {len(trainer.eval_dataset)} held-out examples {when}")
+        console.print(f"evaluating {len(rows)} held-out examples {when}")
     loss = float(trainer.evaluate()["eval_loss"])
     if not math.isfinite(loss):
         raise FloatingPointError(f"the held-out loss {when} is {loss}: look at the data")
@@ -223,7 +231,7 @@ def _held_out_loss(trainer: ReMixTrainer, when: str) -> float | None:
 
 def _print_samples(model: Any, tokenizer: Any, examples: list[Example], config: RunConfig) -> None:
     """Answer the first held-out prompts with the base model and with the adapter."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = max_answer_end(model)
     shown, fitting = 0, 0
     for example in examples:
         ids = prompt_ids(example, tokenizer)
@@ -260,9 +268,10 @@ def _card_facts(metrics: dict[str, Any], config: RunConfig) -> dict[str, dict[st
     )
     data = config.dataset if config.eval_dataset is None else config.eval_dataset
     training = {
+        "method": config.method,
         "data": config.dataset,
         **{name: metrics[name] for name in ("train_examples", "train_steps", "train_epochs")},
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in names if has_option(config.method, name)},
         **{name: metrics[name] for name in ("trainable_parameters", "activated_parameters")},
         **metrics["versions"],
     }

@@ -11,12 +11,17 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from remix_cli.display import console, print_facts
-from remix_cli.memory import at_once, estimate_memory
-from remix_cli.prepare import prepare, quiet_libraries, skeleton
+from remix_cli.memory import ONE_PASS, at_once, estimate_memory
+from remix_cli.options import RunConfig
+from remix_cli.prepare import Plan, prepare, quiet_libraries, skeleton
 from remix_cli.run_folder import resolve_config
+from remix_model.baselines import activated_parameters
 from remix_model.site import RoutedModule
+
+_NOT_ESTIMATED = ("dora", "xlora")  # whole weights are made anew; every token takes two passes
 
 
 def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
@@ -39,45 +44,80 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     if steps <= 0:
         accumulated = config.per_device_train_batch_size * config.gradient_accumulation_steps
         steps = math.ceil(math.ceil(len(rows) / accumulated) * config.num_train_epochs)
-    linears = [name for name, part in model.named_modules() if isinstance(part, RoutedModule)]
+    linears = adapted_linears(model)
     kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
     parameters = list(model.parameters())
     print_facts(
         f"Model: {config.model}",
         [
-            ("adapted linears", f"{len(linears)} ({', '.join(kinds)})"),
+            ("adapted linears", f"{len(linears)} ({', '.join(kinds) or 'none'})"),
             ("total parameters", sum(p.numel() for p in parameters)),
             ("trainable parameters", sum(p.numel() for p in parameters if p.requires_grad)),
-            ("activated parameters", model.base_model.activated_parameters()),
+            ("activated parameters", activated_parameters(model)),
             ("optimizer steps", steps),
             ("device", device),
         ],
     )
 
+    activation_bytes = 2 if config.bf16 or dtype.itemsize == 2 else 4
+    _print_memory(config, plan, model, len(linears), activation_bytes, on_cpu=device == "cpu")
+    console.print("the configuration is valid; nothing was changed")
+
+
+def adapted_linears(model: Any) -> list[str]:
+    """Return the names of the modules that carry adapters; none under a learned prompt."""
+    return [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, RoutedModule | BaseTunerLayer)
+    ]
+
+
+def _print_memory(
+    config: RunConfig, plan: Plan, model: Any, linears: int, activation_bytes: int, *, on_cpu: bool
+) -> None:
+    """Print the memory that a step is estimated to take, or that it is not."""
+    if config.method in _NOT_ESTIMATED:
+        console.print(f"memory is not estimated for method={config.method}")
+        return
+    selections, width = _selections(config, plan)
+    virtual = getattr(plan.adapter, "num_virtual_tokens", 0)
+    rows = plan.train_rows
+    estimate = estimate_memory(
+        model,
+        **selections,
+        batch_size=config.per_device_train_batch_size,
+        tokens=max(len(row["input_ids"]) for row in rows) + virtual,
+        labelled_tokens=max(sum(label != -100 for label in row["labels"]) for row in rows),
+        experts_width=linears * width,
+        gradient_checkpointing=config.gradient_checkpointing,
+        activation_bytes=activation_bytes,
+        on_cpu=on_cpu,
+    )
+    parts = {**asdict(estimate), "total": estimate.total}
+    title = "Estimated memory of a step (MiB)"
+    if config.is_routed:
+        count = selections["selections_at_once"]
+        title = (
+            f"Estimated memory of a step with M = {config.num_selections}, {count} at once (MiB)"
+        )
+    print_facts(title, [(part, round(size / 2**20)) for part, size in parts.items()])
+
+
+def _selections(config: RunConfig, plan: Plan) -> tuple[dict[str, Any], int]:
+    """What of a step's passes is in memory together, and the elements a row of one linear adds."""
+    if not config.is_routed:
+        return {**ONE_PASS, "router_blocks": 0}, getattr(plan.adapter, "r", 0)
+    train_args: Any = plan.arguments
     options = train_args.sampling_options()
+    adapter: Any = plan.adapter
     plan_of_step = options.plan(
-        detached=plan.adapter.router_detach_input,
+        detached=adapter.router_detach_input,
         checkpointed=config.gradient_checkpointing,
         ranks=config.selection_parallel,
     )
-    together = at_once(plan_of_step)
-    estimate = estimate_memory(
-        model,
-        **together,
-        router_blocks=options.credit_blocks,
-        batch_size=config.per_device_train_batch_size,
-        tokens=max(len(row["input_ids"]) for row in rows),
-        labelled_tokens=max(sum(label != -100 for label in row["labels"]) for row in rows),
-        experts_width=len(linears) * config.num_experts * (config.r + 2),
-        gradient_checkpointing=config.gradient_checkpointing,
-        activation_bytes=2 if config.bf16 or dtype.itemsize == 2 else 4,
-        on_cpu=device == "cpu",
-    )
-    parts = {**asdict(estimate), "total": estimate.total}
-    count = together["selections_at_once"]
-    title = f"Estimated memory of a step with M = {config.num_selections}, {count} at once (MiB)"
-    print_facts(title, [(part, round(size / 2**20)) for part, size in parts.items()])
-    console.print("the configuration is valid; nothing was changed")
+    together = {**at_once(plan_of_step), "router_blocks": options.credit_blocks}
+    return together, config.num_experts * (config.r + 2)
 
 
 def _data_facts(

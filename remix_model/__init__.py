@@ -18,6 +18,7 @@ from remix_model.stats import RoutingStats, record_routing
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AdapterTrainer": "remix_model.adapter_trainer",
     "ReMixConfig": "remix_model.tuner",
     "ReMixRuntimeConfig": "remix_model.tuner",
     "ReMixModel": "remix_model.tuner",

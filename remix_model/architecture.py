@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -46,3 +48,18 @@ def check_decoder(model: nn.Module) -> None:
             f"{type(model).__name__} is an encoder-decoder model; routers are trained in "
             "decoder-only language models (with frozen routers, train it with any trainer)"
         )
+
+
+def prompt_positions(model: nn.Module) -> tuple[int, int]:
+    """How many positions a learned prompt of PEFT's takes: (in attention, before the logits).
+
+    A prefix is only in the cache; other prompts run through the model, and have logits of their own
+    in front of the sequence's.
+    """
+    model = unwrapped(model)
+    config: Any = getattr(model, "active_peft_config", None)
+    disabled = getattr(model, "_adapters_disabled", False)
+    if disabled or not getattr(config, "is_prompt_learning", False):
+        return 0, 0
+    count = int(config.num_virtual_tokens)
+    return count, 0 if config.peft_type == "PREFIX_TUNING" else count

@@ -30,6 +30,18 @@ plain LoRA of fixed ones for tools that know nothing of ReMix.
 """
 
 
+_PEFT_USAGE = """{heading}
+
+This is an adapter of PEFT's own, of type {kind}. It is loaded and run without `remix_model`.
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/or/hub-id/of/this/adapter")
+```
+"""
+
+
 def write_model_card(
     model: Any,
     directory: str | Path,
@@ -38,7 +50,9 @@ def write_model_card(
     training: Mapping[str, Any] | None = None,
     fresh: bool = False,
 ) -> None:
-    """Write, or bring up to date, what README.md says of a ReMix adapter; nothing for others.
+    """Write, or bring up to date, what README.md says of a ReMix adapter.
+
+    Of another adapter only when there are results or a set-up to tell.
 
     What people wrote around it stays. The experts' shares are those of the last
     `record_routing(model)`, if there was one.
@@ -55,19 +69,21 @@ def write_model_card(
         for name, config in model.peft_config.items()
         if isinstance(config, ReMixConfig)
     }
-    if not configs:
+    if not configs and not (evaluation or training):
         return
     path = Path(directory) / "README.md"
     card = path.read_text(encoding="utf-8")
-    sections = [_usage(configs), _mixture(configs), _table("Evaluation", evaluation)]
-    sections += [_routing(_stats(model)), _table("Training", training)]
+    sections = [_usage(configs), _mixture(configs)] if configs else [_peft_usage(model)]
+    sections += [_table("Evaluation", evaluation)]
+    sections += [_routing(_stats(model))] if configs else []
+    sections += [_table("Training", training)]
     ours = f"{_BEGIN}\n" + "\n".join(section for section in sections if section) + f"{_END}\n"
     if fresh:
         head = re.match(r"---\n.*?\n---\n", card, re.DOTALL)
         versions = re.search(r"^### Framework versions\n.*", card, re.DOTALL | re.MULTILINE)
         parts = [
             head[0] if head else "",
-            "# ReMix adapter\n",
+            "# ReMix adapter\n" if configs else "# Adapter\n",
             ours,
             versions[0] if versions else "",
         ]
@@ -84,6 +100,11 @@ def _usage(configs: Mapping[str, ReMixConfig]) -> str:
     kinds = {"SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}
     kind = str(getattr(next(iter(configs.values())).task_type, "value", "")) or "CAUSAL_LM"
     return _USAGE.format(heading=CARD_HEADING, auto=kinds.get(kind, "AutoPeftModelForCausalLM"))
+
+
+def _peft_usage(model: Any) -> str:
+    kind = model.active_peft_config.peft_type
+    return _PEFT_USAGE.format(heading=CARD_HEADING, kind=getattr(kind, "value", kind))
 
 
 def _mixture(configs: Mapping[str, ReMixConfig]) -> str:

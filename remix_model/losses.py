@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remix_model.architecture import check_decoder, is_compiled, unwrapped
+from remix_model.architecture import check_decoder, is_compiled, prompt_positions, unwrapped
 from remix_model.batch import PROMPT_MASK
 from remix_model.granularity import given_prompt
 from remix_model.site import RoutedModule
@@ -42,7 +42,8 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         raise ValueError("the batch needs labels [B, T] to compute a loss")
     check_decoder(model)
-    _check_length(model, labels.shape[1])
+    virtual, in_front = prompt_positions(model)
+    _check_length(model, labels.shape[1] + virtual)
     inputs = {key: value for key, value in batch.items() if key not in _NOT_THE_MODELS}
     inputs.setdefault("use_cache", False)
     targets = labels[:, 1:]
@@ -52,7 +53,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
             # A routed head draws for every position of the folded batch, so it must see them all.
             logits = model(**inputs).logits[:, :-1][mask].unsqueeze(0)
         else:
-            with logits_at(model, mask):
+            with logits_at(model, nn.functional.pad(mask, (in_front, 0))):
                 logits = model(**inputs).logits
     losses = logits.new_zeros(mask.shape, dtype=torch.float32)
     flat = nn.functional.cross_entropy(logits[0].float(), targets[mask], reduction="none")

@@ -43,9 +43,9 @@ def test_incomplete_adapters_are_named(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "LORA"}, "describes an adapter of type 'LORA': this command needs a ReMix"),
-        ({"peft_type": "NEW"}, "describes an adapter of type 'NEW': this command needs a ReMix"),
-        ({"peft_type": None}, "describes an adapter of type None: this command needs a ReMix"),
+        ({"peft_type": "LORA"}, "lora_A.weight (12 tensors missing, 18 unknown)"),
+        ({"peft_type": "NEW"}, "describes an adapter of type 'NEW': this command needs a mixture"),
+        ({"peft_type": None}, "describes an adapter of type None: this command needs a mixture"),
         ({"r": "two"}, "r='two' must be an integer"),
         ("[1]", "adapter_config.json must hold an object, got list"),
         ("{bad", "adapter_config.json is not JSON"),
