@@ -98,6 +98,21 @@ def test_replaced_files_leave_the_others_alone(tmp_path: Path) -> None:
     }
 
 
+def test_weights_are_replaced_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds new weights finds what belongs to them."""
+    place, order = make(tmp_path / "run"), []
+    partial = make(tmp_path / "partial", "a.safetensors", "b.json", "z.json")
+    replace = Path.replace
+
+    def note(self: Path, target: Path) -> Path:
+        order.append(self.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", note)
+    saving.replace_files(partial, place)
+    assert order == ["b.json", "z.json", "a.safetensors"]
+
+
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     """A damaged checkpoint of a later step, from which nobody could resume, is older."""
     best, old, late, new = (
@@ -110,7 +125,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert not late.exists()
 
 
-@pytest.mark.parametrize("limit", [None, 0, 3])
+@pytest.mark.parametrize("limit", [None, 0, 3, 5])
 def test_rotation_keeps_all_that_may_be_kept(tmp_path: Path, limit: int | None) -> None:
     kept = [checkpoint(tmp_path, step) for step in (1, 2, 3)]
     saving.rotate(tmp_path, limit, {kept[-1]})
