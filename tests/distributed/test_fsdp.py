@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch.distributed.fsdp import fully_shard
 
 from remix_model import ReMixTrainer, ReMixTrainingArguments
-from remix_model.parallel import make_shardable, selection_mesh
+from remix_model.parallel import make_shardable, selection_mesh, whole_adapters
 from tests.distributed.test_selection_parallel import CAUSAL, steps
 from tests.ranks import run_on_ranks
 from tests.remix_model.trainer_helpers import QUIET, STEPS, collate, examples, parameters
@@ -86,6 +86,14 @@ def no_sync(model):
         model.set_requires_gradient_sync(True)
 
     return inside
+
+
+def test_adapters_that_are_frozen_are_gathered_too(make_remix):
+    model = make_remix()
+    names = {name for name, _ in model.named_parameters() if ".remix_" in name}
+    for name in names:
+        model.get_parameter(name).requires_grad_("router" not in name)
+    assert set(whole_adapters(model)) == names
 
 
 # The trainer ----------------------------------------------------------------------------------

