@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from remix_cli import main
 from remix_cli.run_folder import _damage
+from remix_model.saving import PARTIAL, PARTIAL_FILES
 from tests.remix_cli.helpers import contents, cut, fails, run
 
 
@@ -145,7 +146,11 @@ def test_longer_run_is_written_down_and_goes_on_as_long(
     code = run(workspace, "train", *out, "--max-steps", "9", "--eval-limit", "7")
     assert "cannot go on with" in fails(capsys, code)
     assert contents(finished) == before
+    for hidden in (PARTIAL, PARTIAL_FILES):  # a start that was killed while it saved
+        (finished / hidden / "checkpoint-10").mkdir(parents=True)
+        (finished / hidden / "checkpoint-10" / "half").touch()
     assert run(workspace, "train", *out, "--max-steps", "10", "--logging-steps", "1") == 0
+    assert not [path for path in finished.rglob("*") if path.name in (PARTIAL, "half")]
     text = (finished / "config.yaml").read_text()
     assert "max_steps: 10\n" in text
     assert "logging_steps: 1\n" in text
