@@ -18,7 +18,7 @@ from remix_model.granularity import pool
 from remix_model.site import find_sites
 from tests.helpers import selection_log_prob_eager
 
-REPLICAS, SEEDS = 256, 64  # 16384 draws
+REPLICAS, SEEDS = 400, 64  # 25600 draws
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
