@@ -54,11 +54,16 @@ def sort_pairs(index: Tensor, rows: int, n: int) -> Pairs:
 
 
 def batches(offsets: list[int], most: int) -> list[Batch]:
-    """All experts in order, in batches of at most `most` pairs or one expert."""
+    """All experts in order, in batches of at most `most` pairs or one expert with pairs.
+
+    Those without belong to a neighbour's batch, where all they cost is zeros in dA and dB.
+    """
     found, first = [], 0
     for last in range(1, len(offsets)):
-        if last + 1 < len(offsets) and offsets[last + 1] - offsets[first] <= most:
-            continue
+        if last + 1 < len(offsets):
+            without = offsets[first] == offsets[last] or offsets[last] == offsets[last + 1]
+            if without or offsets[last + 1] - offsets[first] <= most:
+                continue
         low = offsets[first]
         ends = [end - low for end in offsets[first + 1 : last + 1]]
         found.append(Batch(slice(first, last), slice(low, offsets[last]), ends))
@@ -173,7 +178,7 @@ def _joined(parts: list[Tensor], like: Tensor, summed: bool = False) -> Tensor |
 
 
 def _batches(call: Call, pairs: Pairs) -> list[Batch]:
-    """One expert each on CUDA, where `index_add_` is only ordered if no row comes twice."""
+    """One expert's rows each on CUDA, where `index_add_` is only ordered if none comes twice."""
     together = call.x.device.type == "cpu"
     return batches(pairs.offsets, call.top_k_index.shape[0] if together else 0)
 

@@ -86,7 +86,8 @@ def export_static_lora(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").write_text(_card(config, chosen), encoding="utf-8")
-    _lora_config(config, adapter, layers).save_pretrained(str(folder))  # last: now it is whole
+    lora = _lora_config(config, adapter, layers)
+    lora.save_pretrained(str(folder), auto_mapping_dict=_auto_mapping(model))  # last: now it is whole
     return chosen
 
 
@@ -255,6 +256,14 @@ def _lora_config(config: ReMixConfig, adapter: str, layers: Mapping[str, ReMixLa
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
     )
+
+
+def _auto_mapping(model: PeftModel) -> dict[str, str] | None:
+    """The base model's class, as PEFT's own saving notes it where no task type tells."""
+    if model.active_peft_config.task_type is not None:
+        return None
+    kind = type(model.get_base_model())
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
 
 def _card(config: ReMixConfig, chosen: Mapping[str, list[int]]) -> str:

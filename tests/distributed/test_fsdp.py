@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch.distributed.fsdp import fully_shard
 
 from remix_model import ReMixTrainer, ReMixTrainingArguments
-from remix_model.parallel import make_shardable, selection_mesh
+from remix_model.parallel import make_shardable, selection_mesh, whole_adapters
 from tests.distributed.test_selection_parallel import CAUSAL, steps
 from tests.ranks import run_on_ranks
 from tests.remix_model.trainer_helpers import QUIET, STEPS, collate, examples, parameters
@@ -21,6 +21,11 @@ CASES = {
     "G2-causal": {"grad_selections": 2, **CAUSAL},
     "chunks-of-1": {"selection_chunk_size": 1},
     "chunks-of-1-causal": {"selection_chunk_size": 1, **CAUSAL},
+}
+KINDS = {
+    "off": tuple(CASES),
+    "reentrant": ("G2-causal", "chunks-of-1-causal"),
+    "non-reentrant": ("whole", "chunks-of-1"),
 }
 
 
@@ -38,14 +43,14 @@ def test_sharded_gradients_are_one_process_s(
         steps(model, batches, **options)
         grads = take_grads(model)
         for results in ranks:
-            for kind in ("off", "reentrant", "non-reentrant"):
+            for kind in (kind for kind, names in KINDS.items() if name in names):
                 assert_same(results[name, kind], grads, 2e-6)
 
 
 def _sharded_rank(rank, folder):
     torch.distributed.init_process_group("gloo")
     results, group = {}, selection_mesh(2)["selection"]
-    for kind in ("off", "reentrant", "non-reentrant"):
+    for kind, names in KINDS.items():
         model, batches = torch.load(f"{folder}/inputs.pt", weights_only=False)
         if kind != "off":
             model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
@@ -57,7 +62,8 @@ def _sharded_rank(rank, folder):
         assert all(isinstance(p, torch.distributed.tensor.DTensor) for p in model.parameters())
         kept = sum(p.to_local().numel() for p in model.parameters())
         assert 2 * kept == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.05)
-        for name, options in CASES.items():
+        for name in names:
+            options = CASES[name]
             waits = contextlib.nullcontext if "selection_chunk_size" in options else no_sync(model)
             steps(model, batches, group, waits, **options)
             results[name, kind] = {
@@ -82,6 +88,14 @@ def no_sync(model):
     return inside
 
 
+def test_adapters_that_are_frozen_are_gathered_too(make_remix):
+    model = make_remix()
+    names = {name for name, _ in model.named_parameters() if ".remix_" in name}
+    for name in names:
+        model.get_parameter(name).requires_grad_("router" not in name)
+    assert set(whole_adapters(model)) == names
+
+
 # The trainer ----------------------------------------------------------------------------------
 
 ARGUMENTS = {
@@ -90,7 +104,8 @@ ARGUMENTS = {
     "remix_num_selections": 6,
     "gradient_accumulation_steps": 2,
     "save_strategy": "steps",
-    "save_steps": 2,
+    "max_steps": 2,
+    "save_steps": 1,
     "seed": 3,
 }
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
@@ -121,7 +136,7 @@ def test_checkpoint_of_two_ranks_goes_on_with_three(
     trainer.train()
     want = parameters(model)
     run_on_ranks(2, _training_rank, str(tmp_path), {**ours, "fsdp_config": fsdp}, None)
-    first = tmp_path / "run" / "checkpoint-2"
+    first = tmp_path / "run" / "checkpoint-1"
     run_on_ranks(3, _training_rank, str(tmp_path), {**ours, "fsdp_config": fsdp}, str(first))
     for folder in ("from-start", "resumed"):
         loaded = PeftModel.from_pretrained(

@@ -22,7 +22,7 @@ import pytest
 from remix_cli import main
 from remix_cli.run_folder import _damage
 
-KILLS = int(os.environ.get("REMIX_KILLS", "3"))
+KILLS = int(os.environ.get("REMIX_KILLS", "2"))
 SEED = int(os.environ.get("REMIX_KILL_SEED", str(time.time_ns() % 10**6)))
 ARGUMENTS = ("--save-steps", "2", "--save-total-limit", "2", "--num-samples", "0")
 FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir"}

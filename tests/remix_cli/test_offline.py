@@ -41,11 +41,12 @@ def test_the_trap_is_one(tmp_path: Path) -> None:
 def test_no_command_reaches_for_the_network(workspace: Path, tmp_path: Path) -> None:
     """Without HF_HUB_OFFLINE=1, which all other tests run under."""
     attempts, folder = tmp_path / "attempts", str(tmp_path / "run")
-    config = ["--config", str(workspace / "c.yaml"), "--output-dir", folder, "--max-steps", "2"]
+    config = ["--config", str(workspace / "c.yaml"), "--output-dir", folder]
+    config += ["--eval-size", "2", "--max-steps", "1"]
     commands = [
         ["validate", *config],
-        ["train", *config, "--save-steps", "1"],
-        ["train", *config[:-1], "3", "--resume"],
+        ["train", *config],
+        ["train", *config[:-1], "2", "--resume"],
         ["eval", "--adapter", folder],
         ["generate", "--adapter", folder, "--prompt", "1+2?", "--compare"],
         ["env"],

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from remix_cli import main
+from remix_cli.run_folder import _damage
+from remix_model.saving import PARTIAL, PARTIAL_FILES
 from tests.remix_cli.helpers import contents, cut, fails, run
 
 
@@ -28,16 +30,36 @@ def test_resumed_run_ends_with_the_same_bits(workspace: Path, finished: Path) ->
     assert [entry["step"] for entry in metrics["loss_history"]] == [2, 4, 6, 8]
 
 
+def flip(path: Path) -> None:
+    """Change a byte in a file's middle, as a worn disk would."""
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 255
+    path.write_bytes(bytes(whole))
+
+
+def test_every_damage_is_found(finished: Path) -> None:
+    checkpoint = finished / "checkpoint-8"
+    assert _damage(checkpoint) is None
+    torch_files = ["optimizer.pt", "rng_state.pth"]
+    others = ["scheduler.pt", "adapter_config.json", "adapter_model.safetensors"]
+    for name in (*torch_files, *others, "trainer_state.json"):
+        path = checkpoint / name
+        whole = path.read_bytes()
+        for damage in (cut, flip) if name in torch_files else (cut,):
+            damage(path)
+            assert _damage(checkpoint) == f"{path} is damaged", damage
+            path.write_bytes(whole)
+        path.unlink()
+        assert f"{name.split('.')[0]}" in str(_damage(checkpoint)), "it is missing"
+        path.write_bytes(whole)
+    assert _damage(checkpoint) is None
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "what"),
     [
         ("optimizer.pt", cut, "is damaged"),
-        ("rng_state.pth", cut, "is damaged"),
-        ("trainer_state.json", cut, "is damaged"),
-        ("adapter_model.safetensors", cut, "is damaged"),
-        ("adapter_config.json", cut, "is damaged"),
         ("scheduler.pt", Path.unlink, "is missing"),
-        ("rng_state.pth", Path.unlink, "is missing"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -124,7 +146,11 @@ def test_longer_run_is_written_down_and_goes_on_as_long(
     code = run(workspace, "train", *out, "--max-steps", "9", "--eval-limit", "7")
     assert "cannot go on with" in fails(capsys, code)
     assert contents(finished) == before
+    for hidden in (PARTIAL, PARTIAL_FILES):  # a start that was killed while it saved
+        (finished / hidden / "checkpoint-10").mkdir(parents=True)
+        (finished / hidden / "checkpoint-10" / "half").touch()
     assert run(workspace, "train", *out, "--max-steps", "10", "--logging-steps", "1") == 0
+    assert not [path for path in finished.rglob("*") if path.name in (PARTIAL, "half")]
     text = (finished / "config.yaml").read_text()
     assert "max_steps: 10\n" in text
     assert "logging_steps: 1\n" in text

@@ -167,7 +167,8 @@ def test_training_with_the_triton_kernels(
         monkeypatch.setenv("REMIX_BACKEND", backend)
         monkeypatch.setenv("REMIX_STRICT", "1")
         folder = tmp_path / backend
-        short = ("--max-steps", "2", "--logging-steps", "1", "--max-new-tokens", "2")
+        short = ("--max-steps", "1", "--logging-steps", "1", "--num-samples", "0")
+        short += ("--warmup-ratio", "0", "--per-device-train-batch-size", "2", "--eval-size", "2")
         with observe(note):
             code = run(workspace, "train", "--output-dir", str(folder), *short)
         assert code == 0

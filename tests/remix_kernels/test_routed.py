@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from remix_kernels import reference, routed_linear, routed_lora
+from remix_kernels import reference, routed_linear, routed_lora, torch_grouped
 from tests.helpers import (
     DEVICES,
     OTHER_DTYPES,
@@ -145,6 +145,26 @@ def test_large(device: str, strategy: str, T: int) -> None:
     truth = run(routed_linear_eager, in_fp64(inputs), case.trained, dy.double())
     actual = run(op_of(case, strategy=strategy), inputs, case.trained, dy)
     assert_all_accurate(actual, eager, truth)
+
+
+@pytest.mark.parametrize("options", [("linear", "M3"), ("sharedA",), ("idle",)], ids="-".join)
+def test_grouped_as_on_cuda(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of one expert at a time, and no turn for those without."""
+    case = Case(T=5, n=64, k=2, options=options)
+    turns, batches = [], torch_grouped.batches
+
+    def one_each(offsets: list[int], most: int) -> list[torch_grouped.Batch]:
+        turns.append(batches(offsets, 0))
+        return turns[-1]
+
+    monkeypatch.setattr(torch_grouped, "batches", one_each)
+    inputs, dy, eager, truth = solve(case, torch.float32, "cpu")
+    assert_all_accurate(
+        run(op_of(case, strategy="grouped"), inputs, case.trained, dy), eager, truth
+    )
+    for batch in (batch for turn in turns for batch in turn):
+        assert len({0, *batch.ends}) == 2
+    assert 1 < len(turns[0]) <= inputs["top_k_index"].numel()
 
 
 @pytest.mark.parametrize("options", [(), ("linear", "M3"), ("base", "sharedA")], ids="-".join)

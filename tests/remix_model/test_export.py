@@ -1,10 +1,11 @@
-"""A fixed choice of experts as a plain LoRA: the same numbers, in a process without remix_model."""
+"""A fixed choice of experts as a plain LoRA: the same numbers.
+
+`test_save_load` has the process that knows nothing of remix_model.
+"""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -104,28 +105,6 @@ def test_conv1d(make_gpt2, make_remix, make_batch, random_selections, tmp_path):
     torch.testing.assert_close(logits(loaded, batch), forced(model, batch, chosen), **TOLERANCE)
 
 
-def test_a_process_without_remix_model(
-    make_llama, make_remix, make_batch, random_selections, tmp_path
-):
-    make_llama(dtype=torch.float32).save_pretrained(tmp_path / "base")
-    base = type(make_llama()).from_pretrained(tmp_path / "base")
-    model, batch = make_remix(base, task_type="CAUSAL_LM").eval(), make_batch()
-    chosen = export_static_lora(model, random_selections(model), tmp_path / "lora")
-    torch.save({k: batch[k] for k in ("input_ids", "attention_mask")}, tmp_path / "batch.pt")
-    code = f"""
-import sys, torch
-from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / "lora")!r}).merge_and_unload()
-with torch.no_grad():
-    logits = model.eval()(**torch.load({str(tmp_path / "batch.pt")!r})).logits
-torch.save(logits, {str(tmp_path / "logits.pt")!r})
-assert not any(name.startswith("remix") for name in sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-    want = forced(model, batch, chosen)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), want, **TOLERANCE)
-
-
 def test_files(make_llama, make_remix, random_selections, tmp_path):
     model = make_remix(make_llama(dtype=torch.bfloat16))
     export_static_lora(model, random_selections(model), tmp_path)
@@ -202,6 +181,23 @@ def test_other_models_are_refused(make_llama, make_remix, random_selections, tmp
     export_static_lora(model, random_selections(model), tmp_path)
     with pytest.raises(ValueError, match="holds an adapter already"):
         export_static_lora(model, random_selections(model), tmp_path)
+
+
+def test_half_an_export_is_no_adapter(
+    make_llama, make_remix, random_selections, monkeypatch, tmp_path
+):
+    """And may be written again."""
+
+    def disk_full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    model = make_remix(make_llama(dtype=torch.float32))
+    index = random_selections(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("remix_model.export.save_file", disk_full)
+        with pytest.raises(OSError, match="No space"):
+            export_static_lora(model, index, tmp_path)
+    export_static_lora(model, index, tmp_path)
 
 
 def test_one_of_several_adapters(make_llama, make_remix, make_batch, random_selections, tmp_path):

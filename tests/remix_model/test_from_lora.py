@@ -77,6 +77,7 @@ def pool(base, trained, **config):
         {"r": 5, "lora_alpha": 16.0},
         {"target_modules": TARGETS},
         {"router_sharing": "block"},
+        {"r": 2, "rank_pattern": {".*_proj": 4}},
     ],
     ids=str,
 )
@@ -177,6 +178,11 @@ def test_damaged_loras_are_named(make_base, save_lora, trained, tmp_path):
     refused(r"A \[2, 32\] and B \[48, 3\]")
     save_file({k: v for k, v in tensors.items() if k != name}, weights)
     refused(r"A \[\] and B \[48, 3\]")
+    b = name.replace("lora_A", "lora_B")
+    save_file({**tensors, name: torch.zeros(0, 32), b: torch.zeros(48, 0)}, weights)
+    refused(r"A \[0, 32\] and B \[48, 0\]")
+    save_file({}, weights)
+    refused("adapts nothing")
     save_file({**tensors, name: tensors[name] * float("nan")}, weights)
     refused("numbers that are not finite")
     weights.write_bytes(whole[:-1])
@@ -185,6 +191,7 @@ def test_damaged_loras_are_named(make_base, save_lora, trained, tmp_path):
     for change, message in [
         ({"peft_type": "REMIX"}, "of type 'REMIX': the pool is made of LoRAs"),
         ({"lora_alpha": "x"}, "lora_alpha='x'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
     ]:
         config.write_text(json.dumps({**json.loads(text), **change}))
         refused(message)
@@ -193,6 +200,13 @@ def test_damaged_loras_are_named(make_base, save_lora, trained, tmp_path):
     weights.unlink()
     config.write_text(text)
     refused(r"holds no adapter_model\.safetensors")
+
+
+def test_the_given_configuration_stays_as_it_is(make_base, trained):
+    config = ReMixConfig(r=4, num_experts=3, top_k=1)
+    before = config.to_dict()
+    from_lora_adapters(make_base(), [folder for folder, _ in trained], config)
+    assert config.to_dict() == before
 
 
 def test_another_base(make_base, trained):

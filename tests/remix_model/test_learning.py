@@ -53,9 +53,9 @@ def test_a_pretrained_model_learns(stories260k, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(stories260k).eval()
-    data = dialects(base, 136)
-    train = torch.cat([rows[:128] for rows in data])
-    held_out = [rows[128:] for rows in data]
+    data = dialects(base, 72)
+    train = torch.cat([rows[:64] for rows in data])
+    held_out = [rows[64:] for rows in data]
     torch.manual_seed(0)
     config = ReMixConfig(r=4, num_experts=4, top_k=2, router_init_range=0.1)
     model = get_peft_model(base, config)
@@ -71,7 +71,7 @@ def test_a_pretrained_model_learns(stories260k, tmp_path, capsys):
             use_cpu=True,
             save_strategy="no",
             per_device_train_batch_size=16,
-            max_steps=60,
+            max_steps=20,
             logging_steps=10,
             learning_rate=1e-2,
             remix_num_selections=4,

@@ -12,7 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 
-from remix_model import ReMixConfig
+from remix_model import ReMixConfig, export_static_lora, force_selection
 
 SHAPES = {
     "gate_proj": (32, 48),
@@ -163,21 +163,32 @@ def test_model_card_of_other_methods_is_left_alone(make_llama, tmp_path):
     assert "remix" not in (tmp_path / "README.md").read_text().lower()
 
 
-def test_a_fresh_process_needs_only_the_import(saved, tmp_path):
-    """What the model card says, run as written."""
+def test_a_fresh_process_needs_only_the_import(saved, make_base, random_selections, tmp_path):
+    """What the model card says, run as written. A LoRA exported before needs not even that."""
     folder, want, batch = saved
+    model = PeftModel.from_pretrained(make_base(), folder).eval()
+    index = export_static_lora(model, random_selections(model), tmp_path / "lora")
+    with force_selection(model, {name: torch.tensor(experts) for name, experts in index.items()}):
+        want_of_lora = logits(model, batch)
     card = (folder / "README.md").read_text()
     code = card.split("```python")[-1].split("```")[0]
     code = code.replace('"path/or/hub-id/of/this/adapter"', repr(str(folder)))
     torch.save({k: batch[k] for k in ("input_ids", "attention_mask")}, tmp_path / "batch.pt")
-    code += f"""
-import torch
-batch = torch.load({str(tmp_path / "batch.pt")!r})
-with torch.no_grad():
-    torch.save(model.eval()(**batch).logits, {str(tmp_path / "logits.pt")!r})
+    run = "model.eval()(**torch.load('batch.pt')).logits"
+    code = f"""
+import sys, torch
+from peft import AutoPeftModelForCausalLM
+torch.set_grad_enabled(False)
+model = AutoPeftModelForCausalLM.from_pretrained("lora").merge_and_unload()
+torch.save({run}, "lora.pt")
+assert not any(name.startswith("remix") for name in sys.modules)
+{code}
+torch.save({run}, "adapter.pt")
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), want, rtol=1e-5, atol=1e-5)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    for name, expected in (("lora", want_of_lora), ("adapter", want)):
+        got = torch.load(tmp_path / f"{name}.pt")
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 # A bad one ------------------------------------------------------------------------------------

@@ -98,19 +98,34 @@ def test_replaced_files_leave_the_others_alone(tmp_path: Path) -> None:
     }
 
 
+def test_weights_are_replaced_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds new weights finds what belongs to them."""
+    place, order = make(tmp_path / "run"), []
+    partial = make(tmp_path / "partial", "a.safetensors", "b.json", "z.json")
+    replace = Path.replace
+
+    def note(self: Path, target: Path) -> Path:
+        order.append(self.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", note)
+    saving.replace_files(partial, place)
+    assert order == ["b.json", "z.json", "a.safetensors"]
+
+
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     """A damaged checkpoint of a later step, from which nobody could resume, is older."""
     best, old, late, new = (
         checkpoint(tmp_path, step, age) for step, age in ((2, 9), (4, 8), (9, 7), (6, 0))
     )
     make(tmp_path / "checkpoint-mine", "notes.txt")
-    saving.rotate(tmp_path, 2, {best, new})
+    saving.rotate(tmp_path, 2, {Path(os.path.relpath(best)), new})
     assert names(tmp_path) == {best.name, new.name, "checkpoint-mine"}
     assert not old.exists()
     assert not late.exists()
 
 
-@pytest.mark.parametrize("limit", [None, 0, 3])
+@pytest.mark.parametrize("limit", [None, 0, 3, 4])
 def test_rotation_keeps_all_that_may_be_kept(tmp_path: Path, limit: int | None) -> None:
     kept = [checkpoint(tmp_path, step) for step in (1, 2, 3)]
     saving.rotate(tmp_path, limit, {kept[-1]})
@@ -133,6 +148,12 @@ def test_errors_say_what_and_why(tmp_path: Path) -> None:
         saving.saving(tmp_path / "not" / "yet" / "x"),
     ):
         raise RuntimeError("disk full\nand a stack trace")
+    with (
+        pytest.raises(SavingError, match=r"^[^:]*inner could not be saved: No space[^:]*$"),
+        saving.saving(tmp_path / "outer"),
+        saving.saving(tmp_path / "inner"),
+    ):
+        raise OSError(28, "No space left on device")
 
 
 def test_the_best_checkpoint_is_known_by_its_last_name(make_trainer, tmp_path) -> None:

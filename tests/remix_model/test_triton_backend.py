@@ -14,6 +14,7 @@ from remix_model import record_routing
 observe = pytest.importorskip("remix_kernels._launch").observe
 pytestmark = pytest.mark.usefixtures("strict_triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHORT = {"max_steps": 2, "per_device_train_batch_size": 2, "remix_num_selections": 2}
 FP32 = 1e-4  # a few layers of sums in another order
 
 Backend = Callable[[str], AbstractContextManager[None]]
@@ -125,13 +126,13 @@ def test_save_and_load_is_bit_equal(backend, make_small, make_llama, on_device, 
         assert torch.equal(loaded.to(DEVICE).eval()(**batch).logits, want)
 
 
-def test_training(backend, make_small, make_trainer):
+def test_training(backend, make_llama, make_remix, make_trainer):
     """Two steps of the trainer: the same losses and the same weights."""
     losses, weights = {}, {}
     for name in ("torch", "triton"):
-        model = make_small()
+        model = make_remix(make_llama(layers=1, dtype=torch.float32)).to(DEVICE)
         with backend(name):
-            trainer = make_trainer(model, max_steps=2, logging_steps=1, use_cpu=DEVICE == "cpu")
+            trainer = make_trainer(model, use_cpu=DEVICE == "cpu", **SHORT)
             trainer.train()
         losses[name] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
         weights[name] = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}

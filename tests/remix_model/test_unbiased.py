@@ -117,16 +117,22 @@ def errors_of(model, positions, num_selections=4, **options):
     return result
 
 
+# Every credit with every probability, with and without forward-only selections; and of the other
+# granularity, and of G = 3, as many as let every two choices meet.
 COMBINATIONS = [
     pytest.param(
         {"credit": credit, "log_prob": log_prob, "grad_selections": grad},
         granularity,
         id=f"{credit}-{log_prob}-G{grad or 'all'}-{granularity}",
     )
-    for credit in ("sequence", "causal")
-    for log_prob in ("ordered", "unordered")
-    for grad in (None, 1, 3)
-    for granularity in ("token", "sequence")
+    for credit, log_prob, grad, granularity in (
+        *itertools.product(("sequence", "causal"), ("ordered", "unordered"), (None, 1), ("token",)),
+        ("causal", "unordered", 3, "token"),
+        ("sequence", "ordered", 1, "sequence"),
+        ("sequence", "unordered", 3, "sequence"),
+        ("causal", "ordered", 3, "sequence"),
+        ("causal", "unordered", None, "sequence"),
+    )
 ]
 
 
