@@ -200,6 +200,8 @@ class ReMixTrainerMixin(WholeSaves):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip routers and the rest apart: RLOO's noise must not throttle the adapters."""
+        if self._is_sharded():
+            return super()._clip_grad_norm(model)  # type: ignore[misc]
         self.accelerator.unscale_gradients()
         router_limit = self.args.remix_router_max_grad_norm  # type: ignore[attr-defined]
         limits = {
