@@ -64,6 +64,8 @@ setup(
         "eval": ["lm-eval"],
         "report": ["matplotlib", "jinja2"],
         "flash": ["flash-attn"],
+        "deepspeed": ["deepspeed>=0.19"],
+        "quantise": ["bitsandbytes"],
         "bench": ["pytest-benchmark", "psutil", "matplotlib"],
         "docs": [
             "mkdocs-material>=9.7",

@@ -57,6 +57,8 @@ class RunConfig:
         "of the base model; auto is float32 on a CPU, else the checkpoint's",
         ("auto", "float32", "bfloat16", "float16"),
     )
+    load_in_4bit: bool = _option(False, "model", "quantise it to NF4 (QLoRA); bitsandbytes")
+    load_in_8bit: bool = _option(False, "model", "quantise it to int8; bitsandbytes")
     attn_implementation: str | None = _option(
         None, "model", "sdpa, eager, flash_attention_2, ...; default: transformers' choice"
     )

@@ -79,6 +79,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     validate = _add_command(
         commands, "validate", "check configuration and data, count parameters, estimate memory"
     )
+    validate.add_argument("--adapter", metavar="DIR", help="check a saved adapter, and only that")
     _add_config(validate, *GROUP_TITLES)
 
     evaluate = _add_command(commands, "eval", "compare an adapter's loss with the base model's")

@@ -22,7 +22,13 @@ from remix_kernels._dispatch import resolve_backend
 from remix_model.baselines import baseline_config, check_targets
 from remix_model.data import Example, load_examples, split_examples
 from remix_model.from_lora import from_lora_adapters, pool_config, read_lora
-from remix_model.models import load_config, load_model, load_tokenizer, resolve_device
+from remix_model.models import (
+    check_quantisation,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
 from remix_model.peft_files import add_adapter, load_peft_adapter, method_of
 from remix_model.tokens import tokenize
 from remix_model.tuner.adapter_files import CONFIG_NAME, read_config
@@ -72,6 +78,7 @@ def prepare(config: RunConfig, *, check_folder: bool = True) -> Plan:
         for damage in damages:
             console.print(f"{damage}: continuing from an older checkpoint")
     check_backend(config)
+    check_quantisation(config.load_in_4bit, config.load_in_8bit)
     adapter: PeftConfig | None = method_config(config) if config.is_routed else None
     arguments = training_arguments(config)
     examples, held_out = read_data(config)
@@ -344,4 +351,6 @@ def load_base(config: RunConfig) -> Any:
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
         device=config.device,
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
     )

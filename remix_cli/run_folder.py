@@ -13,6 +13,7 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from remix_cli.config import (
     write_yaml,
 )
 from remix_cli.display import console
-from remix_model.saving import PARTIAL, PARTIAL_FILES, REMOVED
+from remix_model.saving import PARTIAL, PARTIAL_FILES, REMOVED, discard
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
@@ -59,10 +60,18 @@ _LEFT_FILES = re.compile(rf"\.({re.escape(CONFIG_FILE)}|{re.escape(METRICS_FILE)
 _CHECKPOINT_FILES = (
     "adapter_model.safetensors",
     "adapter_config.json",
-    "optimizer*",  # .pt; under FSDP .bin, or a folder
+    "optimizer*|global_step*",  # .pt; under FSDP .bin, or a folder; DeepSpeed's folder
     "scheduler.pt",
     "rng_state*.pth",  # one for each process
     "trainer_state.json",  # the last file that is written
+)
+# All that may be left of one that was removed in place, and not to the end.
+_PARTS = (
+    *(pattern for name in _CHECKPOINT_FILES for pattern in name.split("|")),
+    *_RUN_FILES,
+    "pytorch_model_fsdp*",
+    "latest",  # this and the next are DeepSpeed's
+    "zero_to_*.py",
 )
 # A resumed run may be longer and be logged otherwise; all else would make it another run.
 _RESUME_MAY_CHANGE = {
@@ -94,7 +103,7 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> None:
     for path in folder.glob("checkpoint-*"):
         # Checkpoints that are no longer kept are removed by their names.
         foreign = path not in whole and not (path / "adapter_config.json").is_file()
-        if foreign and path.is_dir() and any(path.iterdir()):
+        if foreign and not _is_half_removed(path) and path.is_dir() and any(path.iterdir()):
             raise ValueError(
                 f"{path} is named like a checkpoint and is none: move it away, or choose another "
                 f"output_dir"
@@ -196,7 +205,7 @@ def _run_paths(folder: Path) -> list[Path]:
 def _remove(folder: Path) -> None:
     """Remove what a run wrote; whatever else is in the folder stays."""
     for path in _run_paths(folder):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        discard(path) if path.is_dir() else path.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -209,11 +218,21 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    return [
+    hidden = [
         path
         for path in folder.glob(".*")
         if path.name in _LEFTOVERS or _LEFT_FILES.fullmatch(path.name)
     ]
+    return hidden + [path for path in folder.glob("checkpoint-*") if _is_half_removed(path)]
+
+
+def _is_half_removed(checkpoint: Path) -> bool:
+    """Whether a folder holds some of a checkpoint's files, and nothing else."""
+    if not re.fullmatch(r"checkpoint-\d+", checkpoint.name) or not checkpoint.is_dir():
+        return False
+    names = {path.name for path in checkpoint.iterdir()}
+    known = {name for name in names for pattern in _PARTS if fnmatch(name, pattern)}
+    return "trainer_state.json" not in names and names == known and names != {"README.md"}
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -253,7 +272,7 @@ def checkpoint_to_resume(folder: Path) -> tuple[Path, list[str]]:
 def _damage(checkpoint: Path) -> str | None:
     """Return what keeps a checkpoint from being read, None for a sound one."""
     for name in _CHECKPOINT_FILES:
-        if not any(checkpoint.glob(name)):
+        if not any(path for pattern in name.split("|") for path in checkpoint.glob(pattern)):
             return f"{checkpoint / name} is missing"
     for path in sorted(checkpoint.iterdir()):
         try:

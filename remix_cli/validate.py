@@ -1,5 +1,7 @@
 """`remix validate`: what `remix train` would do with a configuration, without doing it.
 
+With `--adapter` a saved adapter is checked in its place (check_adapter.py).
+
 Changes nothing, but for one thing: the embedded model is converted on its first use.
 """
 
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from remix_cli.check_adapter import check_adapter
 from remix_cli.display import console, print_facts
 from remix_cli.memory import ONE_PASS, at_once, estimate_memory
 from remix_cli.options import RunConfig
@@ -27,6 +30,9 @@ _NOT_ESTIMATED = ("dora", "xlora")  # whole weights are made anew; every token t
 def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Run the command; see `remix validate --help`."""
     quiet_libraries()
+    if args.adapter is not None:
+        check_adapter(args.adapter, overrides)
+        return
     config = resolve_config(args.config, overrides)
     plan = prepare(config)
     train_args, model_config, rows = plan.arguments, plan.model_config, plan.train_rows

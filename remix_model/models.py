@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,13 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model.
+
+    A quantised one, by these options or by its checkpoint's own configuration, is made ready for
+    adapters by PEFT's `prepare_model_for_kbit_training`: frozen, what is not quantised in float32.
 
     Args:
         name: A hub id, a folder with a transformers model, or `smollm2-135m`.
@@ -45,27 +51,45 @@ def load_model(
         attn_implementation: As in transformers ("sdpa", "eager", "flash_attention_2", ...).
         trust_remote_code: Run model code that comes with the checkpoint.
         device: Where the model goes; as for `resolve_device`.
+        load_in_4bit: Quantise linears to NF4 as they are loaded (QLoRA), with bitsandbytes; they
+            compute in `dtype`, with "auto" in bfloat16, on a CPU in float32.
+        load_in_8bit: Quantise them to int8, with bitsandbytes.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ValueError: The dtype is unknown, or the device is not there.
+        ValueError: The dtype is unknown, the device is not there, both quantisations are asked for,
+            or the checkpoint is quantised already.
         OSError: There is no such folder, or the hub does not have or cannot deliver the model.
-        ImportError: `smollm2-135m` or flash attention was asked for and its package is not
-            installed.
+        ImportError: `smollm2-135m`, flash attention or a quantisation was asked for and its package
+            is not installed.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     device = resolve_device(device)
+    resolved = _resolve_dtype(dtype, device)
+    check_quantisation(load_in_4bit, load_in_8bit)
     folder = model_folder(name)
+    options: dict[str, Any] = {}
+    stored = _stored_quantisation(name, trust_remote_code)
+    if load_in_4bit or load_in_8bit:
+        if stored:
+            raise ValueError(
+                f"the model {name!r} is quantised already ({stored}): leave load_in_4bit and "
+                "load_in_8bit out"
+            )
+        options["quantization_config"] = _bitsandbytes_config(load_in_4bit, resolved)
+    if options or stored:
+        options["device_map"] = {"": device}  # what is quantised may not be moved
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=_resolve_dtype(dtype, device),
+            dtype=resolved,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            **options,
         )
     except (OSError, SafetensorError) as error:
         raise _load_error("model", name, error) from error
@@ -76,8 +100,30 @@ def load_model(
             f"attn_implementation={attn_implementation!r} needs a package that is not installed: "
             "run `pip install 'remix-lora[flash]'` on a machine with CUDA, or use 'sdpa'"
         ) from error
-    model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature
+    if options:
+        from peft import prepare_model_for_kbit_training
+
+        # Recomputation is switched on by the trainer.
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    else:
+        model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature
     return model.eval()
+
+
+def check_quantisation(load_in_4bit: bool, load_in_8bit: bool) -> None:
+    """Raise unless a base model can be quantised so, if at all, as it is loaded.
+
+    Raises:
+        ValueError: Both are asked for.
+        ImportError: bitsandbytes is not installed.
+    """
+    if load_in_4bit and load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit exclude each other: give one of them")
+    if (load_in_4bit or load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"load_in_{4 if load_in_4bit else 8}bit needs a package that is not installed: run "
+            "`pip install bitsandbytes`"
+        )
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -190,6 +236,33 @@ def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torc
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}")
     return resolved
+
+
+def _stored_quantisation(name: str, trust_remote_code: bool) -> str | None:
+    """How a checkpoint's weights are quantised, None where they are not."""
+    stored: Any = None
+    with suppress(OSError):  # loading the model says what is wrong
+        config = load_config(name, trust_remote_code=trust_remote_code)
+        stored = getattr(config, "quantization_config", None)
+    if not stored:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return str(getattr(method, "value", method))
+
+
+def _bitsandbytes_config(load_in_4bit: bool, dtype: str | torch.dtype) -> Any:
+    """QLoRA's four bits (arXiv 2305.14314 section 3), or LLM.int8()."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if not load_in_4bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
+    )
 
 
 def _load_error(what: str, name: str, error: Exception) -> OSError:

@@ -15,6 +15,7 @@ Source: ReMix (arXiv 2603.10160) section 3.2 for the baseline over M; spreading 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -114,10 +115,12 @@ def share_batches(loader: Any, ranks: int) -> None:
 
 
 def make_shardable(model: nn.Module) -> nn.Module:
-    """Lay out parameters as FSDP2's `fully_shard` and DeepSpeed demand: call it before. In place.
+    """Make a model what FSDP2's `fully_shard` and DeepSpeed demand: call it before. In place.
 
     lora_B is [n, out, r] laid out as [n, r, out], which the dense strategy packs without a copy;
-    contiguous, it costs a copy of n out r numbers a pass. `ReMixTrainer` does this by itself.
+    contiguous, it costs a copy of n out r numbers a pass. ZeRO-3 gathers a module's own parameters
+    around its forward pass, and is told here that a layer's include those in its dictionaries.
+    `ReMixTrainer` does this by itself.
 
     Args:
         model: Any module. Adapters are sharded with it, by experts.
@@ -128,6 +131,11 @@ def make_shardable(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
+    deepspeed: Any = sys.modules.get("deepspeed")
+    for module in model.modules() if deepspeed is not None else ():
+        for part in module.children():
+            for parameter in part.parameters() if isinstance(part, nn.ParameterDict) else ():
+                deepspeed.zero.register_external_parameter(module, parameter)
     return model
 
 

@@ -72,6 +72,13 @@ class WholeSaves(_Base):
         if not self._in_checkpoint:  # it is pushed once it is whole
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _finalize_training(self, trial: Any, *args: Any) -> Any:
+        """The parent's, for which no checkpoint is left to remove: it would do so file by file."""
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and self.args.save_total_limit == 1 and best is not None:
+            rotate(Path(self._get_output_dir(trial)), 1, {Path(best)})
+        return super()._finalize_training(trial, *args)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The parent's; files that are there already are replaced by whole ones.
 

@@ -81,7 +81,12 @@ def guard_doors() -> None:
     """Put the guard before PEFT's and transformers' ways to load an adapter."""
     from peft import PeftConfig, PeftModel
     from transformers.integrations.peft import PeftAdapterMixin
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+    # Each has a copy of the method, not the method itself.
+    for auto_class in _BaseAutoModelClass.__subclasses__():
+        if "from_pretrained" in vars(auto_class):
+            _put_before(auto_class, "from_pretrained", _configured)
     _put_before(PeftConfig, "from_json_file", _strictly)
     _put_before(PeftConfig, "from_pretrained", _naming_place)
     _put_before(PeftModel, "from_pretrained", partial(_guarded, names=("model_id", "config")))
@@ -119,6 +124,26 @@ def _strictly(read: Callable[..., Any]) -> Callable[..., Any]:
     return read_strictly
 
 
+def _configured(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Around the auto classes' `from_pretrained`, which reads an adapter's configuration itself.
+
+    What comes after, its base model found and loaded, is `load_adapter`, with a guard of its own.
+    """
+
+    @functools.wraps(load)
+    def load_configured(cls: Any, place: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = os.fspath(place)
+        path = os.path.join(folder, CONFIG_NAME)
+        if os.path.isfile(path) and not os.path.exists(os.path.join(folder, "config.json")):
+            with named(place):
+                values = read_config(path)
+                if values.get("peft_type") == PEFT_TYPE:
+                    ReMixConfig.from_pretrained(folder)
+        return load(cls, place, *args, **kwargs)
+
+    return load_configured
+
+
 def _naming_place(read: Callable[..., Any]) -> Callable[..., Any]:
     """Around `PeftConfig.from_pretrained`: errors of a ReMix configuration say where it is."""
 
@@ -129,7 +154,7 @@ def _naming_place(read: Callable[..., Any]) -> Callable[..., Any]:
         place = pretrained_model_name_or_path
         if cls is not ReMixConfig and not _is_ours(place, {"subfolder": None, **kwargs}):
             return read(cls, place, *args, **kwargs)
-        with _named(place):
+        with named(place):
             return read(cls, place, *args, **kwargs)
 
     return read_naming_place
@@ -155,7 +180,7 @@ def _guarded(load: Callable[..., Any], names: tuple[str, str]) -> Callable[..., 
         ours = isinstance(config, ReMixConfig) or (config is None and _is_ours(place, options))
         if place is None or not ours or _loading.get() is not None:
             return load(*args, **kwargs)
-        with _named(place), _taken_back(model, name), _checked(place, options, config):
+        with named(place), _taken_back(model, name), _checked(place, options, config):
             result = load(*args, **kwargs)
             _require_all(result, name)
         return result
@@ -164,7 +189,7 @@ def _guarded(load: Callable[..., Any], names: tuple[str, str]) -> Callable[..., 
 
 
 @contextmanager
-def _named(place: Any) -> Iterator[None]:
+def named(place: Any) -> Iterator[None]:
     """Have errors say which adapter it is."""
     try:
         yield

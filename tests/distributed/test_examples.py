@@ -13,7 +13,13 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from remix_cli.config import build_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SET_UPS = {"1gpu": (1, "NO"), "8gpu_ddp": (8, "MULTI_GPU"), "8gpu_fsdp2": (8, "FSDP")}
+SET_UPS = {
+    "1gpu": (1, "NO"),
+    "8gpu_ddp": (8, "MULTI_GPU"),
+    "8gpu_fsdp2": (8, "FSDP"),
+    "8gpu_zero2": (8, "DEEPSPEED"),
+    "8gpu_zero3": (8, "DEEPSPEED"),
+}
 
 
 def test_there_is_no_other_set_up():
@@ -44,6 +50,15 @@ def test_accelerate_shards_with_fsdp2():
         "FSDP_ACTIVATION_CHECKPOINTING": "true",
     }.items():
         assert environment[name] == value
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerate_shards_with_deepspeed(stage):
+    """Stage 3 gathers adapters when it saves them."""
+    file = EXAMPLES / "accelerate" / f"8gpu_zero{stage}.yaml"
+    config = load_config_from_file(str(file)).deepspeed_config
+    assert config["zero_stage"] == stage
+    assert config.get("zero3_save_16bit_model", False) == (stage == 3)
 
 
 @pytest.mark.parametrize("name", ["llama3_8b", "llama3_8b_qlora"])

@@ -33,7 +33,14 @@ MODELS = {
 }
 
 
-def steps(model, batches, group=None, waits=contextlib.nullcontext, **options):
+def steps(
+    model,
+    batches,
+    group=None,
+    waits=contextlib.nullcontext,
+    backward=torch.Tensor.backward,
+    **options,
+):
     """An accumulation over batches: (loss of the last, losses [M, B], draws [c B, T, k] by place).
 
     A draw's place is the batch, the layer and the first of its selections. Batches before the last
@@ -51,7 +58,7 @@ def steps(model, batches, group=None, waits=contextlib.nullcontext, **options):
                         (drawn,) = routing.selections[site.stream]
                         draws[i, site.stream, routing.part.first] = drawn
                 loss = routing.loss(num_items=items)
-            loss.backward()
+            backward(loss)
     return loss.detach(), routing.losses, draws
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from remix_cli import run_folder
 from remix_cli.config import CONFIG_HEADER, RunConfig, build_config
-from remix_cli.run_folder import RunStart, resolve_config, write_json
+from remix_cli.run_folder import RunStart, last_checkpoint, resolve_config, write_json
 from tests.remix_cli.helpers import contents, fails, run
 
 Break = Callable[[BaseException], None]
@@ -282,6 +282,23 @@ def test_folder_named_like_a_checkpoint_is_refused(
         code = run(workspace, command, "--output-dir", str(finished), flag)
         assert "checkpoint-99 is named like a checkpoint and is none" in fails(capsys, code)
     assert contents(finished) == before
+
+
+@pytest.mark.parametrize("left", ["optimizer.pt", "adapter_config.json", "README.md"])
+def test_checkpoint_that_was_removed_halfway_is_cleaned(
+    workspace: Path, finished: Path, left: str
+) -> None:
+    """By other programs than ours, file by file; it is not resumed from, and goes."""
+    half = finished / "checkpoint-8"
+    for path in half.iterdir():
+        if path.name not in (left, "rng_state.pth"):
+            path.unlink()
+    (finished / "metrics.json").unlink()
+    assert last_checkpoint(finished) == finished / "checkpoint-4"
+    out = ["--output-dir", str(finished), "--resume", "--max-steps", "6"]
+    assert run(workspace, "train", *out) == 0
+    assert not half.exists()
+    assert (finished / "checkpoint-6").is_dir()
 
 
 def test_folder_that_cannot_be_made_is_refused(

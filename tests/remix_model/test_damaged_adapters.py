@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.damage import DAMAGES, HARMLESS, canary
 
-DOORS = ("from_pretrained", "load_adapter", "auto", "transformers")
+DOORS = ("from_pretrained", "load_adapter", "auto", "transformers", "transformers-auto")
 CASES = [
     pytest.param(name, DOORS[index % len(DOORS)], id=name)
     for index, name in enumerate((*DAMAGES, *HARMLESS))
@@ -64,6 +64,8 @@ def load(door: str, folder: Path, good: tuple[Path, Any]) -> Any:
         return model
     if door == "auto":
         return AutoPeftModelForCausalLM.from_pretrained(folder)
+    if door == "transformers-auto":
+        return AutoModelForCausalLM.from_pretrained(folder)
     base.load_adapter(str(folder))
     return base
 

@@ -151,3 +151,34 @@ def test_embedded_model_is_the_real_one() -> None:
     output = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer == "The capital of France is Paris."
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_is_quantised_as_it_is_loaded(folder: Path, tmp_path: Path, bits: int) -> None:
+    """And what is quantised already is loaded as it is, and not again."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 16}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(folder)
+    option = {f"load_in_{bits}bit": True}
+    model = load_model(str(folder), device="cpu", **option)
+    assert type(model.model.layers[0].mlp.up_proj).__name__ in ("Linear4bit", "Linear8bitLt")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.model.norm.weight.dtype == torch.float32
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        want = model(ids).logits
+    assert want.isfinite().all()
+    assert not torch.equal(want, load_model(str(folder), device="cpu")(ids).logits)
+    model.save_pretrained(tmp_path / "quantised")
+    again = load_model(str(tmp_path / "quantised"), device="cpu")
+    assert type(again.model.layers[0].mlp.up_proj) is type(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(ValueError, match=r"is quantised already \(bitsandbytes\)"):
+        load_model(str(tmp_path / "quantised"), device="cpu", **option)
+
+
+def test_quantisations_are_checked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="exclude each other"):
+        load_model(str(folder), device="cpu", load_in_4bit=True, load_in_8bit=True)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"load_in_4bit needs .*pip install bitsandbytes"):
+        load_model(str(folder), device="cpu", load_in_4bit=True)

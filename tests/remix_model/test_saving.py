@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,31 @@ def test_the_best_checkpoint_is_known_by_its_last_name(make_trainer, tmp_path) -
     saved = (best / "trainer_state.json").read_text()
     assert f'"best_model_checkpoint": "{best}"' in saved
     assert not [name for name in names(tmp_path / "run") if name.startswith(".")]
+
+
+def test_checkpoints_that_go_at_the_end_are_hidden_first(
+    make_trainer, tmp_path, monkeypatch
+) -> None:
+    """transformers would remove all but the best in place, a file at a time."""
+    from tests.remix_model.trainer_helpers import examples
+
+    removed, rmtree = [], shutil.rmtree
+
+    def note(path, *args, **kwargs) -> None:
+        removed.append(Path(path).name)
+        rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", note)
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    trainer = make_trainer(
+        evaluate=examples(),
+        max_steps=4,
+        save_total_limit=1,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # so that the first is the best
+        learning_rate=1e-2,
+        **options,
+    )
+    trainer.train()
+    assert names(tmp_path / "run") == {"checkpoint-2"}
+    assert not [name for name in removed if name == "checkpoint-4"]
