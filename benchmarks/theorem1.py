@@ -3,10 +3,10 @@
     z = P x,   P [n, D] ~ N(0, sigma^2),   x [D] of random signs,   w = softmax(z)
     ESS(w) = (|w|_1 / |w|_2)^2
 
-The paper states for n=8, D=1024, sigma=1 that at most two weights are large with a probability of at
-least 84.19 %. Checked are its consequence, P(ESS <= 2), and the event itself: at most two weights
-exceed t exactly when the third largest is at most t. The paper's own t is not known to us, so
-`threshold` is the least t for which the statement is true.
+The paper states for n=8, D=1024, sigma=1 that at most two weights are large with a probability of
+at least 84.19 %. Checked are P(ESS <= 2), and the event itself: at most two weights exceed t
+exactly when the third largest is at most t. The paper's own t is not known to us, so `threshold`
+is the least t for which the statement is true.
 
 Whatever the signs of x are, the logits are n independent draws of N(0, sigma^2 D): only
 sigma sqrt(D) and n matter. One router and one input a sample; seeded, so a row comes out the same.
@@ -36,7 +36,7 @@ def main() -> None:
     print(f"written to {replace_rows('theorem1', rows)}")
 
 
-def router_weights(sigma: float, n: int, D: int, samples: int, seed: int = 0) -> Tensor:  # noqa: N803
+def router_weights(sigma: float, n: int, D: int, samples: int, seed: int = 0) -> Tensor:
     """Softmax weights of fresh Gaussian routers, each on an input of random signs.
 
     Args:
