@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import environment
 from benchmarks.study.data import read_items
 from benchmarks.study.plan import Cell, Task
 from benchmarks.study.rows import COLUMNS
@@ -71,6 +70,7 @@ def run_cell(cell: Cell, folder: Path, data: Path) -> dict[str, Any]:
 
 def described(cell: Cell) -> dict[str, Any]:
     """What a row says of a cell before it runs."""
+    from benchmarks.common import environment
     from remix_cli.env import versions
 
     found = versions()
@@ -140,11 +140,11 @@ def scored(cell: Cell, run: Path, data: Path) -> dict[str, Any]:
     items = read_items(data / f"{cell.split}.jsonl")[: cell.task.scored]
     model, tokenizer = load(cell, run)
     batches = _batches(model, tokenizer, data / f"{cell.split}.jsonl", cell.task, cell.task.scored)
-    row: dict[str, Any] = {
-        **scoring.all_losses(model, batches),
-        **scoring.routing_figures(model, batches),
-    }
-    if cell.split == "test":
+    row: dict[str, Any] = scoring.routing_figures(model, batches)
+    if cell.split != "test":
+        row["loss"] = scoring.held_out_loss(model, batches)
+    else:
+        row |= scoring.all_losses(model, batches)
         asked = items[: cell.task.answers]
         task = cell.task
         found = scoring.accuracy(model, tokenizer, asked, task.eval_batch, task.longest)
