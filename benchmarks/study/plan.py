@@ -81,6 +81,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # More selections.
     **{f"remix_m{m}": {**POOL, "num_selections": m} for m in (4, 8)},
     **{f"remix_m{m}_matched": {**POOL, "num_selections": m} for m in (4, 8)},
+    "remix_m4_g1": {**POOL, "num_selections": 4, "grad_selections": 1},  # a fifth above M = 2
 }
 # Times the task's steps, so that all of a comparison take the same compute.
 STEPS_OF = {"lora_matched": M, "remix_m4_matched": M / 4, "remix_m8_matched": M / 8}
@@ -106,14 +107,15 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("main", "trec", MAIN, SEEDS),
     ("main", "instruction_induction", REST, SEEDS),
     ("omega", "instruction_induction", ("remix_lora_type",), SEEDS),
-    ("selections", "instruction_induction", ("remix_m4_matched", "remix_m4"), (0,)),
+    ("selections", "instruction_induction", ("remix_m4_g1", "remix_m4_matched", "remix_m4"), (0,)),
     ("experts", "instruction_induction", ("rslora_r8", "rslora_r16", "rslora_r32"), SEEDS),
     ("experts", "instruction_induction", ("remix_k1", "remix_k4", "remix_k3"), SEEDS),
     ("main", "gsm8k", ("base",), (0,)),
     ("main", "gsm8k", ("lora", "mixlora", "remix"), SEEDS),
     ("main", "trec", REST, SEEDS),
     ("selections", "instruction_induction", ("remix_m8_matched", "remix_m8"), (0,)),
-    ("selections", "instruction_induction", ("remix_m4_matched", "remix_m4"), (1, 2)),
+    ("selections", "instruction_induction", ("remix_m4_g1", "remix_m4_matched"), (1, 2)),
+    ("selections", "instruction_induction", ("remix_m4",), (1, 2)),
 )
 # Scored six times while they train, with the first seed: how the kinds of routing come apart.
 WATCHED = ("mixlora", "remix", "remix_paper")
@@ -161,7 +163,9 @@ class Cell:
         if not self.steps:
             passes = 0.0
         elif self.options.get("method", "remix") in ("remix", "uniform"):
-            passes = 1.15 * self.options.get("num_selections", 1)
+            drawn = self.options.get("num_selections", 1)
+            graphs = self.options.get("grad_selections", drawn)
+            passes = 1.15 * (graphs + (drawn - graphs) / 3)
         else:
             passes = {"mixlora": 1.2, "mor": 1.3, "dora": 1.5, "vblora": 1.5}.get(self.method, 1.0)
         padded = 1.5 * self.task.tokens
