@@ -211,7 +211,7 @@ class ReMixTrainerMixin(WholeSaves):
         give_group(optimizer, [p for _, p in trained if id(p) in ids], lr=rate, weight_decay=0.0)
         scale = self.args.remix_expert_rate_scale  # type: ignore[attr-defined]
         if scale != 1.0:
-            experts = [p for name, p in trained if ".remix_lora_" in f".{name}"]
+            experts = [p for name, p in trained if "lora_A" in name or "lora_B" in name]
             scaled = {"lr": scale * self.args.learning_rate, "weight_decay": self.args.weight_decay}
             give_group(optimizer, experts, **scaled)
         return optimizer

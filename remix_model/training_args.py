@@ -31,10 +31,10 @@ class ReMixArguments:
         remix_router_learning_rate: None: the same as learning_rate.
         remix_router_max_grad_norm: Clips the routers' gradient by itself; None: max_grad_norm, 0:
             no clipping.
-        remix_expert_rate_scale: Times learning_rate, the rate of the experts' A and B. Ours, not the
-            paper's: n/k undoes that an expert sees k of n tokens. Of modules_to_save nothing changes.
-        remix_router_wait: Steps before the routers' first update: until then the experts have hardly
-            parted. Ours. They begin with a fresh optimizer state, at the schedule's rate of then.
+        remix_expert_rate_scale: Times learning_rate, the rate of the experts' A and B; n/k makes up
+            for tokens that an expert does not see. Ours, not the paper's.
+        remix_router_wait: Steps before the routers' first update, in which the experts part. Then
+            they begin with a fresh optimizer state, at the schedule's rate. Ours.
         remix_advantage_norm: As advantage_norm in `sample_routing`. Biased unless "none".
         remix_router_entropy_coef: As in `sample_routing`. Biased unless 0.
         remix_load_balancing_coef: As in `sample_routing`. Biased unless 0.

@@ -35,14 +35,8 @@ MAIN = ("base", "lora", "rslora", "dora", "vblora", "ia3", "mixlora", "hydralora
 MAIN = (*MAIN, "remix_paper", "remix", "lora_matched")
 DRAWING = ("remix_paper", "remix", "uniform", "remix_frozen")
 EXPERTS = ("rslora_r8", "rslora_r16", "rslora_r32", "remix_k1", "remix", "remix_k3", "remix_k4")
-SELECTIONS = (
-    "remix",
-    "remix_m4_g1",
-    "remix_m4_matched",
-    "remix_m4",
-    "remix_m8_matched",
-    "remix_m8",
-)
+SELECTIONS = ("remix", "remix_m4_g1", "remix_m4_matched", "remix_m4")
+SELECTIONS = (*SELECTIONS, "remix_m8_matched", "remix_m8")
 
 
 def main() -> None:

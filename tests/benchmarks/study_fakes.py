@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks.study.__main__ import run_study
 from benchmarks.study.plan import TASKS, Cell
+from benchmarks.study.run import run_study
 
 CELLS = [Cell("main", TASKS["trec"], name, 0, 1e-3, {}, 2) for name in "abc"]
 # A cell of no work. The first time that b runs, it takes the runner with it.

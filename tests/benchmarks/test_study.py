@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.study import tables
-from benchmarks.study.__main__ import main
 from benchmarks.study.data import INSTRUCTIONS, READERS, read_items, without_leaks, write_splits
 from benchmarks.study.metrics import score
 from benchmarks.study.plan import (
@@ -26,6 +25,7 @@ from benchmarks.study.plan import (
     wanted,
 )
 from benchmarks.study.rows import COLUMNS, add_row, read_rows
+from benchmarks.study.run import main
 from remix_cli.config import RunConfig
 from tests.benchmarks.study_fakes import CELLS, RUNNER, run_fakes, write_trec
 

@@ -12,11 +12,11 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.study import scoring
-from benchmarks.study.__main__ import run_study
 from benchmarks.study.cell import run_cell
 from benchmarks.study.data import Item, write_splits
 from benchmarks.study.plan import METHODS, TASKS, Cell
 from benchmarks.study.rows import read_rows
+from benchmarks.study.run import run_study
 from remix_cli.answers import answer
 from remix_model import ReMixConfig
 from tests.benchmarks.study_fakes import write_trec

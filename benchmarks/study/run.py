@@ -1,11 +1,11 @@
-"""Run the study, cell by cell: `python -m benchmarks.study --work DIR`.
+"""Run the study, cell by cell: `python -m benchmarks.study.run --work DIR`.
 
 Every cell is a process; when it has ended, its row is in results/study.csv. Start it again after
 anything, and it goes on with the first cell that has no row: only the running cell is lost. A cell
 that fails leaves its log in DIR and is tried again by the next call.
 
-    python -m benchmarks.study --list                 what is missing, and a rough guess of the time
-    python -m benchmarks.study --work DIR --hours 8   begins no cell after that
+    python -m benchmarks.study.run --list                 what is missing, and a guess of the time
+    python -m benchmarks.study.run --work DIR --hours 8   begins no cell after that
 """
 
 from __future__ import annotations
