@@ -68,7 +68,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ia3": {"method": "ia3"},  # 4: cannot be made equal
     "mixlora": {"method": "mixlora", **POOL},  # 123
     "hydralora": {"method": "hydralora", **POOL, "num_experts": 3, "top_k": 3},  # 117
-    "mor": {"method": "mor", **POOL, "r": 6, "router_kwargs": {"num_routers": 2}},  # 124
+    "mor": {"method": "mor", **POOL, "r": 6},  # 124, with two sub-routers
     "remix_paper": {**POOL, **PAPER},  # 123
     "remix": {**POOL},  # 123; causal credit, unordered probability
     "remix_lora_type": {**POOL, "use_rslora": False},

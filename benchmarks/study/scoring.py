@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -106,6 +107,7 @@ class WeightRecord:
         self.recorder = recorder  # which knows the tokens that are no padding
         self.sorted_sum = torch.zeros(top_k, dtype=torch.float64)
         self.tokens = 0
+        self.ess_sum = 0.0
         self.least_ess = float("inf")
 
     def add(self, selection: Any) -> None:
@@ -120,15 +122,18 @@ class WeightRecord:
         ordered = (weights / weights.sum(-1, keepdim=True)).sort(-1, descending=True).values
         self.sorted_sum += ordered.sum(0)
         self.tokens += len(ordered)
-        self.least_ess = min(self.least_ess, float(effective_size(ordered).min()))
+        ess = effective_size(ordered)
+        self.ess_sum += float(ess.sum())
+        self.least_ess = min(self.least_ess, float(ess.min()))
 
 
 def routing_figures(model: Any, batches: Sequence[Batch]) -> dict[str, Any]:
     """How a routed model routes, under top-k; nothing of another.
 
     Returns:
-        ess, policy_ess, share_ess, dead_experts: means over layers (a total for the last), as in
-        `RoutingStats`. least_ess: the least of any token in the last layer (ReMix, figure 3).
+        ess: of the routing weights, mean over layers and tokens. least_ess: the least of any token
+        in the last layer (ReMix, figure 3). policy_ess, share_ess, dead_experts: as in
+        `RoutingStats`, means over layers, and their total for the last.
         weights: a token's largest weight, second largest, ...: their means over layers and tokens
         (figure 2), as JSON.
     """
@@ -148,7 +153,8 @@ def routing_figures(model: Any, batches: Sequence[Batch]) -> dict[str, Any]:
     shares = [record.sorted_sum / record.tokens for record in records.values()]
     mean = torch.stack(shares).mean(0)
     return {
-        **{key: found[key] for key in ("ess", "policy_ess", "share_ess", "dead_experts")},
+        **{key: found[key] for key in ("policy_ess", "share_ess", "dead_experts")},
+        "ess": statistics.mean(record.ess_sum / record.tokens for record in records.values()),
         "least_ess": list(records.values())[-1].least_ess,
         "weights": json.dumps([round(float(share), 4) for share in mean]),
     }
