@@ -6,7 +6,7 @@ of a task sees the same examples in the same order. `lora_matched` gets M times 
 compute.
 
 A cell is named by its part, task, method and seed. Its row counts only as long as everything that
-decides it (the cell, the task, the method, the learning rate) is as it was: `Cell.digest`.
+decides it (cell, task, method, rate, the data's version) is as it was: `Cell.digest`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.study.data import DEV
+from benchmarks.study.data import DEV, VERSION
 
 SEEDS = (0, 1, 2)
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -154,7 +154,7 @@ class Cell:
     @property
     def digest(self) -> str:
         """Changes with everything that decides the row."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps([VERSION, asdict(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
