@@ -114,7 +114,7 @@ def run_one(cell: Cell, folder: Path, data: Path, command: Sequence[str]) -> boo
         done = subprocess.run(
             [*command, str(spec), str(folder)],
             cwd=REPOSITORY,
-            # Beside other programs, threads that spin while they wait make a step many times longer.
+            # Beside other programs, threads that spin while they wait make steps far longer.
             env={"OMP_WAIT_POLICY": "passive", **os.environ},
             stdout=log,
             stderr=log,
