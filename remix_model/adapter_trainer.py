@@ -90,7 +90,7 @@ class CheckedSteps(WholeSaves):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip every group by itself, after a look whether all gradients are numbers."""
         if self._is_sharded():
-            return super()._clip_grad_norm(model)  # type: ignore[misc,no-any-return]
+            return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         groups = {
             kind: ([p for p in parameters if p.grad is not None], limit)

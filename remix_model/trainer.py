@@ -18,6 +18,7 @@ from remix_model.parallel import (
     selection_mesh,
     share_batches,
 )
+from remix_model.rates import RouterWait, give_group
 from remix_model.routing import sample_routing
 from remix_model.site import find_sites, mix_seed
 from remix_model.state import RoutingState
@@ -47,6 +48,14 @@ class ReMixTrainerMixin(CheckedSteps):
                 f"{self.accelerator.distributed_type.value} clips all parameters together; leave "
                 "it out, or use FSDP version 2"
             )
+        if given.remix_router_wait:
+            if self._is_sharded():
+                raise ValueError(
+                    f"remix_router_wait={given.remix_router_wait}: "
+                    f"{self.accelerator.distributed_type.value} steps all parameters together; "
+                    "leave it out, or use FSDP version 2"
+                )
+            self.add_callback(RouterWait(given.remix_router_wait, self._router_ids))
         sites = find_sites(self._module())
         trained = any(site.policy_is_trained() for site in sites.values())
         if trained and given.remix_num_selections < 2:
@@ -157,22 +166,15 @@ class ReMixTrainerMixin(CheckedSteps):
         if not made_here:
             return optimizer
         named = (self._module() if model is None else model).named_parameters()
-        ids = self._router_ids()
-        routers = [p for _, p in named if id(p) in ids and p.requires_grad]
-        if not routers:
-            return optimizer
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in ids]
-        # An empty group has no state in a sharded checkpoint, and would come back without its rate.
-        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        ids, trained = self._router_ids(), [(name, p) for name, p in named if p.requires_grad]
         rate = self.args.remix_router_learning_rate  # type: ignore[attr-defined]
-        optimizer.add_param_group(
-            {
-                "params": routers,
-                "lr": self.args.learning_rate if rate is None else rate,
-                "weight_decay": 0.0,
-            }
-        )
+        rate = self.args.learning_rate if rate is None else rate
+        give_group(optimizer, [p for _, p in trained if id(p) in ids], lr=rate, weight_decay=0.0)
+        scale = self.args.remix_expert_rate_scale  # type: ignore[attr-defined]
+        if scale != 1.0:
+            experts = [p for name, p in trained if "lora_A" in name or "lora_B" in name]
+            scaled = {"lr": scale * self.args.learning_rate, "weight_decay": self.args.weight_decay}
+            give_group(optimizer, experts, **scaled)
         return optimizer
 
     def _clip_groups(self, model: nn.Module) -> dict[str, tuple[list[nn.Parameter], float]]:

@@ -31,6 +31,10 @@ class ReMixArguments:
         remix_router_learning_rate: None: the same as learning_rate.
         remix_router_max_grad_norm: Clips the routers' gradient by itself; None: max_grad_norm, 0:
             no clipping.
+        remix_expert_rate_scale: Times learning_rate, the rate of the experts' A and B; n/k makes up
+            for tokens that an expert does not see. Ours, not the paper's.
+        remix_router_wait: Steps before the routers' first update, in which the experts part. Then
+            they begin with a fresh optimizer state, at the schedule's rate. Ours.
         remix_advantage_norm: As advantage_norm in `sample_routing`. Biased unless "none".
         remix_router_entropy_coef: As in `sample_routing`. Biased unless 0.
         remix_load_balancing_coef: As in `sample_routing`. Biased unless 0.
@@ -65,6 +69,12 @@ class ReMixArguments:
     )
     remix_router_max_grad_norm: float | None = field(
         default=None, metadata={"help": "Clips the routers' gradient; default: max_grad_norm."}
+    )
+    remix_expert_rate_scale: float = field(
+        default=1.0, metadata={"help": "Times learning_rate: the rate of the experts."}
+    )
+    remix_router_wait: int = field(
+        default=0, metadata={"help": "Steps before the routers' first update."}
     )
     remix_advantage_norm: str = field(
         default="none", metadata={"help": "What advantages are divided by: none, input, batch."}
@@ -109,6 +119,13 @@ class ReMixArguments:
         end = self.remix_temperature_end
         if end is not None and not (isinstance(end, (int, float)) and 0 < end < float("inf")):
             raise ValueError(f"remix_temperature_end={end!r}; it must be a positive number or None")
+        scale, wait = self.remix_expert_rate_scale, self.remix_router_wait
+        if not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
+            raise ValueError(
+                f"remix_expert_rate_scale={scale!r}; it must be a number, not negative"
+            )
+        if not isinstance(wait, int) or isinstance(wait, bool) or wait < 0:
+            raise ValueError(f"remix_router_wait={wait!r}; it must be a number of steps, 0 or more")
         for name in ("remix_router_learning_rate", "remix_router_max_grad_norm"):
             value = getattr(self, name)
             if value is not None and value < 0:

@@ -49,6 +49,44 @@ def test_frozen_routers_have_no_group(make_trainer, make_llama, make_remix):
     assert all(torch.equal(model.get_parameter(name), p) for name, p in before.items())
 
 
+def test_experts_rate_is_scaled(make_trainer):
+    trainer = make_trainer(
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        remix_router_learning_rate=7e-3,
+        remix_expert_rate_scale=4.0,
+    )
+    for name, group in groups_of(trainer).items():
+        assert group == ((7e-3, 0.0) if "router" in name else (pytest.approx(4e-3), 0.1)), name
+
+
+def test_routers_wait(make_trainer):
+    """They move with the third step, by as much as Adam's first step is: its rate."""
+    trainer = make_trainer(
+        learning_rate=1e-2, lr_scheduler_type="constant", max_steps=3, remix_router_wait=2
+    )
+    start, snapshot = parameters(trainer.model), Snapshot()
+    trainer.add_callback(snapshot)
+    trainer.train()
+    for name, before in start.items():
+        moved = [(snapshot.after[step][name] - before).abs().max() for step in (1, 2, 3)]
+        if "router" in name:
+            assert moved[:2] == [0, 0]
+            assert float(moved[2]) == pytest.approx(1e-2, rel=1e-2)
+        elif "lora_B" in name:
+            assert min(moved) > 0
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"remix_expert_rate_scale": -1.0}, {"remix_router_wait": -1}, {"remix_router_wait": 0.5}],
+    ids=str,
+)
+def test_bad_rate_options(make_trainer, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        make_trainer(**option)
+
+
 def test_router_and_lora_are_clipped_apart(make_trainer):
     """A router gradient a million times too large leaves LoRA's step as it was, and the reverse."""
     trainer = make_trainer(max_grad_norm=1.0, remix_router_max_grad_norm=0.25)
