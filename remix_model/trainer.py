@@ -22,6 +22,7 @@ from remix_model.parallel import (
     whole_before_training,
 )
 from remix_model.routing import sample_routing
+from remix_model.routing_log import RoutingLog
 from remix_model.saving import WholeSaves
 from remix_model.site import find_sites, mix_seed
 from remix_model.state import RoutingState
@@ -80,6 +81,8 @@ class ReMixTrainerMixin(WholeSaves):
         if self.accelerator.is_fsdp2 and given.remix_selection_chunk_size is not None:
             # Gradients of chunks would be added to those that FSDP2 holds back meanwhile.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        self._routing_log = RoutingLog()
+        self.add_callback(self._routing_log)
         self._selection_group: Any = None
         if given.remix_selection_parallel > 1:
             mesh = selection_mesh(given.remix_selection_parallel, options.device.type)
@@ -265,6 +268,7 @@ class ReMixTrainerMixin(WholeSaves):
             stats = self._recorder.stats()
             logs.update({f"remix/{key}": value for key, value in stats.summary().items()})
             shares = {layer.name: layer.expert_share for layer in stats.layers}
+            self._routing_log.add(self.state.global_step, stats)
             self._window.clear()
             self._recorder.reset()
         super().log(logs, start_time)
