@@ -2,6 +2,7 @@
 
     {"layers": [names]}                       once, and again where the layers are others
     {"step": s, "ess": [L], ..., "expert_share": [L][n], "weight_histogram": [20]}
+    {"step": s, "held_out": [RoutingStats.to_dict()'s layers]}      last, by `remix train`
 
 Lines are appended. Training that resumes at step s first drops what came after it, so that the file
 ends as if the run had never stopped; a line that a killed run left half-written goes too.
@@ -51,6 +52,7 @@ class RoutingLog(TrainerCallback):
         try:
             lines = read_lines(self._path)
             kept = [line for line in lines if 0 <= _step(line) <= state.global_step]
+            kept = [line for line in kept if "held_out" not in line]
             partial = self._path.with_name(f".{ROUTING_FILE}.{os.getpid()}")
             partial.write_text("".join(_text(line) for line in kept), encoding="utf-8")
             partial.replace(self._path)
@@ -61,6 +63,11 @@ class RoutingLog(TrainerCallback):
     def add(self, step: int, stats: RoutingStats) -> None:
         """Append one log's line."""
         self._append(series_line(step, stats), [layer.name for layer in stats.layers])
+
+    def add_held_out(self, step: int, stats: RoutingStats) -> None:
+        """Append what the finished model does with held-out data."""
+        line = {"step": step, "held_out": _round_all(stats.to_dict()["layers"])}
+        self._append(line, [layer.name for layer in stats.layers])
 
     def _append(self, line: dict[str, Any], layers: list[str]) -> None:
         if self._path is None or not layers:
@@ -92,8 +99,8 @@ def series_line(step: int, stats: RoutingStats) -> dict[str, Any]:
     }
     for name in SERIES:
         values = [getattr(layer, name) for layer in stats.layers]
-        line[name] = [value if value is None else _rounded(value) for value in values]
-    line["expert_share"] = [[_rounded(s) for s in layer.expert_share] for layer in stats.layers]
+        line[name] = _round_all(values)
+    line["expert_share"] = _round_all([layer.expert_share for layer in stats.layers])
     histograms = zip(*(layer.weight_histogram for layer in stats.layers), strict=True)
     line["weight_histogram"] = [sum(counts) for counts in histograms]
     return line
@@ -124,5 +131,10 @@ def _text(line: dict[str, Any]) -> str:
     return json.dumps(line, separators=(",", ":")) + "\n"
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
+def _round_all(value: Any) -> Any:
+    """Lists and dictionaries with their numbers at a few digits."""
+    if isinstance(value, dict):
+        return {key: _round_all(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_round_all(item) for item in value]
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value

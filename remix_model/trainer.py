@@ -81,8 +81,8 @@ class ReMixTrainerMixin(WholeSaves):
         if self.accelerator.is_fsdp2 and given.remix_selection_chunk_size is not None:
             # Gradients of chunks would be added to those that FSDP2 holds back meanwhile.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-        self._routing_log = RoutingLog()
-        self.add_callback(self._routing_log)
+        self.routing_log = RoutingLog()
+        self.add_callback(self.routing_log)
         self._selection_group: Any = None
         if given.remix_selection_parallel > 1:
             mesh = selection_mesh(given.remix_selection_parallel, options.device.type)
@@ -268,7 +268,7 @@ class ReMixTrainerMixin(WholeSaves):
             stats = self._recorder.stats()
             logs.update({f"remix/{key}": value for key, value in stats.summary().items()})
             shares = {layer.name: layer.expert_share for layer in stats.layers}
-            self._routing_log.add(self.state.global_step, stats)
+            self.routing_log.add(self.state.global_step, stats)
             self._window.clear()
             self._recorder.reset()
         super().log(logs, start_time)
