@@ -1,4 +1,4 @@
-"""The command line: `remix train`, `eval`, `generate`, `report`, `export`, `bench`, `env` and `validate`.
+"""The command line: `remix train`, `eval`, `generate`, `report`, `export`, `bench`, `env`, ...
 
 A command's module is imported when it runs, so that help needs neither torch nor transformers.
 """

@@ -255,9 +255,7 @@ def _subsets(runs: Sequence[Run]) -> Chart:
     )
     title = "Diversity of subsets"
     views += in_training
-    return Chart(
-        "subsets", title, "lines", "linear or step", "subsets", note, views, _NO_ROUTING
-    )
+    return Chart("subsets", title, "lines", "linear or step", "subsets", note, views, _NO_ROUTING)
 
 
 def _distinct(run: Run) -> list[tuple[float, float]]:

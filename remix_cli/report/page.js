@@ -143,7 +143,7 @@ function drawHeat(plot, chart, data) {
   const high = Math.max(2, ...values.flat());
   const cell = rows.length > 40 ? 9 : rows.length > 16 ? 16 : 24;
   const top = 34, bottom = top + rows.length * cell, height = bottom + 40;
-  const wide = (width - left - 8) / columns.length;
+  const wide = Math.min(64, (width - left - 8) / columns.length);
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height }, plot);
   for (let i = 0; i < 40; i++) {
     svg("rect", { x: left + i * 3, y: 4, width: 3.2, height: 10, fill: colour(i / 39) }, picture);
@@ -163,8 +163,8 @@ function drawHeat(plot, chart, data) {
   columns.forEach((name, c) => {
     if (c % step === 0) label(picture, left + (c + 0.5) * wide, bottom + 14, name, "middle");
   });
-  label(picture, left + (width - left) / 2, height - 6, chart.x, "middle");
-  const cursor = svg("rect", { width: wide, height: cell, class: "chosen" });
+  label(picture, left + (wide * columns.length) / 2, height - 6, chart.x, "middle");
+  const cursor = svg("rect", { width: wide, height: cell, class: "cell" });
   const clamp = (v, n) => Math.min(n - 1, Math.max(0, v));
   return {
     picture,

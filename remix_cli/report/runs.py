@@ -1,4 +1,4 @@
-"""Reads runs' folders for the report. Nothing in them is trusted: numbers are checked, text is text.
+"""Reads runs' folders for the report. Nothing in them is trusted: numbers are checked.
 
 A run counts as finished when it has `metrics.json`, which `remix train` writes last.
 """

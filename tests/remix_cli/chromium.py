@@ -29,10 +29,10 @@ class Chromium:
         self._answers, write_answers = os.pipe()
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         flags += ["--no-first-run", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        # Chromium reads orders from descriptor 3 and answers on 4.
+        # Chromium reads orders from descriptor 3 and answers on 4; sh may know digits only.
         shell = f'exec "$0" "$@" 3<&{read_orders} 4>&{write_answers}'
         self._process = subprocess.Popen(
-            ["sh", "-c", shell, program, *flags, "--remote-debugging-pipe", "about:blank"],
+            ["bash", "-c", shell, program, *flags, "--remote-debugging-pipe", "about:blank"],
             pass_fds=(read_orders, write_answers),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -118,9 +118,9 @@ class Chromium:
         sent = [e for e in self.events if e["method"] == "Network.requestWillBeSent"]
         return [event["params"]["request"]["url"] for event in sent]
 
-    def screenshot(self, path: Path) -> None:
-        """The whole page as a PNG."""
-        shot = self.send("Page.captureScreenshot", captureBeyondViewport=True)
+    def screenshot(self, path: Path, whole: bool = True) -> None:
+        """The page, or what is in view, as a PNG."""
+        shot = self.send("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def wait_for(self, path: Path) -> str:
