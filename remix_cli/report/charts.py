@@ -18,7 +18,9 @@ from remix_cli.report.runs import Run, number, text
 
 MAX_POINTS = 400  # of a curve
 MAX_ROWS = 256  # of a heatmap
+MAX_CELLS = 2**14  # likewise
 _MAX_TASKS = 64
+_ALL_CELLS = 100_000  # of one run's tasks, layer by layer
 
 
 @dataclass
@@ -186,22 +188,27 @@ def _shares(runs: Sequence[Run]) -> Chart:
 def _tasks(runs: Sequence[Run]) -> Chart:
     views = []
     for run in runs:
-        names = list(dict.fromkeys(task for layer in run.held_out for task in layer["task_share"]))
-        rows, n = [], max((len(layer["expert_share"]) for layer in run.held_out), default=0)
-        for task in names[:_MAX_TASKS]:
-            shares = [
-                layer["task_share"][task] for layer in run.held_out if task in layer["task_share"]
-            ]
-            shares = [share for share in shares if len(share) == n]
-            rows.append([_mean(column) for column in zip(*shares, strict=True)])
-        if rows and all(rows):
-            views.append(_heat(run.name, [text(name) for name in names[:_MAX_TASKS]], n, rows))
-        for layer in _thin_rows(run.held_out) if len(runs) == 1 and rows else []:
-            of_layer = [layer["task_share"].get(task, []) for task in names[:_MAX_TASKS]]
-            if all(of_layer) and len(views) < 100:
-                label = f"{run.name}, {_layer_name(layer)}"
-                views.append(_heat(label, [text(t) for t in names[:_MAX_TASKS]], n, of_layer))
+        n = max((len(layer["expert_share"]) for layer in run.held_out), default=1)
+        named = [task for layer in run.held_out for task in layer["task_share"]]
+        tasks = list(dict.fromkeys(named))[: min(_MAX_TASKS, max(MAX_CELLS // n, 1))]
+        names = [text(task) for task in tasks]
+        layers = [layer for layer in run.held_out if set(tasks) <= set(layer["task_share"])]
+        layers = [layer for layer in layers if len(layer["expert_share"]) == n]
+        if not tasks or not layers:
+            continue
+        means = []
+        for task in tasks:
+            columns = zip(*(layer["task_share"][task] for layer in layers), strict=True)
+            means.append([_mean(column) for column in columns])
+        views.append(_heat(run.name, names, n, means))
+        if len(runs) > 1:
+            continue
+        for layer in _thin_rows(layers)[: _ALL_CELLS // (len(tasks) * n)]:
+            shares = [layer["task_share"][task] for task in tasks]
+            views.append(_heat(_layer_name(layer), names, n, shares))
     note = "Share of each expert in the choices of one task's tokens, n times; mean over layers."
+    if len(runs) == 1:
+        note += " Each layer by itself is in the list."
     empty = 'The data name no tasks: give records a field "task".'
     return Chart("tasks", "Experts by task", "heat", "expert", "task", note, views, empty)
 
@@ -212,16 +219,13 @@ def _pairs(runs: Sequence[Run]) -> Chart:
         n = max((len(layer["expert_share"]) for layer in run.held_out), default=0)
         layers = [layer for layer in run.held_out if len(layer["expert_share"]) == n]
         total = sum(layer["tokens"] for layer in layers)
-        if not layers or n > MAX_ROWS or total <= 0:
+        if not layers or n * n > MAX_CELLS or total <= 0:
             continue
-        # Over what independent choices of the same shares would give.
-        rows = []
         counts = [
             [sum(layer["co_selection"][i][j] for layer in layers) / total for j in range(n)]
             for i in range(n)
         ]
-        for i in range(n):
-            rows.append([_lift(counts, i, j) for j in range(n)])
+        rows = [[_lift(counts, i, j) for j in range(n)] for i in range(n)]
         names = [f"expert {i}" for i in range(n)]
         views.append(_heat(run.name, names, n, rows, scale=1.0))
     note = (
@@ -243,18 +247,15 @@ def _subsets(runs: Sequence[Run]) -> Chart:
     for run in runs:
         found = [(float(i), number(s.get("distinct_subsets"))) for i, s in enumerate(run.held_out)]
         by_layer.append([(i, count) for i, count in found if count is not None])
-    views = []
-    view = _lines(by_layer, runs)
-    if view.data:
-        view.label = "held-out data, by routed linear"
-        views.append(view)
-    in_training = _over_steps(runs, {"training, mean over layers, by step": _distinct})
+    by_linear = _lines(by_layer, runs)
+    by_linear.label = "held-out data, by routed linear"
+    views = [by_linear] if by_linear.data else []
+    views += _over_steps(runs, {"training, mean over layers, by step": _distinct})
     note = (
         "How many different subsets of experts the tokens took. n experts with k active have "
         "n!/(k!(n-k)!) subsets; a count of 4096 means so many or more. In training, between logs."
     )
     title = "Diversity of subsets"
-    views += in_training
     return Chart("subsets", title, "lines", "linear or step", "subsets", note, views, _NO_ROUTING)
 
 
@@ -287,8 +288,10 @@ def _heat(
 
 
 def _thin_rows(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most MAX_ROWS layers, evenly spaced."""
-    step = math.ceil(len(layers) / MAX_ROWS) or 1
+    """At most MAX_ROWS layers, and MAX_CELLS of their experts, evenly spaced."""
+    widest = max((len(layer["expert_share"]) for layer in layers), default=1)
+    rows = min(MAX_ROWS, max(MAX_CELLS // widest, 1))
+    step = math.ceil(len(layers) / rows) or 1
     return list(layers[::step])
 
 
@@ -299,4 +302,4 @@ def _layer_name(layer: dict[str, Any]) -> str:
 
 
 def _short(value: float) -> float:
-    return float(f"{value:.5g}")
+    return float(f"{value:.5g}") if math.isfinite(value) else 0.0

@@ -27,7 +27,8 @@ function ticks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].find((m) => m * power >= raw) * power;
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
+  const last = high + step * 1e-9;
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= last && found.length < 50; i++) found.push(i * step);
   return found;
 }
 

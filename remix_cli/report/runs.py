@@ -6,7 +6,6 @@ A run counts as finished when it has `metrics.json`, which `remix train` writes 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from remix_model.routing_log import ROUTING_FILE, SERIES, read_lines
 
 MAX_RUNS = 24
 _LARGEST_FILE = 2**28  # bytes
+_LARGEST = 1e18
 _LONGEST_NAME = 80
 
 
@@ -104,7 +104,7 @@ def read_run(folder: Path, name: str) -> Run:
     steps = number(metrics.get("train_steps"))
     loss = _curve(metrics.get("loss_history"), "loss")
     held_out = _curve(metrics.get("eval_history"), "eval_loss")
-    if steps is None or not loss:
+    if steps is None or not (loss or held_out or number(metrics.get("eval_loss_after"))):
         raise BrokenRun(f"{METRICS_FILE} has no steps or no losses")
     before, after = (number(metrics.get(f"eval_loss_{when}")) for when in ("before", "after"))
     if before is not None:
@@ -127,13 +127,10 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """A number of sensible size, or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if abs(value) < _LARGEST else None  # which nan is not
 
 
 def text(value: Any) -> str:

@@ -75,7 +75,8 @@ def test_charts_hold_what_the_run_did(make_run: MakeRun) -> None:
     (experts,) = found["experts"].views
     assert experts.data["values"] == [[4 * s for s in share]] * 6
     assert experts.data["rows"][0] == "0.mlp.gate_proj"
-    by_task = found["tasks"].views[0].data
+    by_task, *of_layers = (view.data for view in found["tasks"].views)
+    assert len(of_layers) == 6
     assert by_task["rows"] == ["add", "sort"]
     assert by_task["values"] == [pytest.approx([0.4, 0.8, 1.2, 1.6]), [1.0] * 4]
     lift = found["pairs"].views[0].data["values"]
