@@ -37,7 +37,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["remix_*"]),
-    package_data={"": ["py.typed"]},
+    package_data={"": ["py.typed"], "remix_cli.report": ["page.*"]},
     entry_points={"console_scripts": ["remix = remix_cli:main"]},
     python_requires=">=3.10",
     install_requires=[

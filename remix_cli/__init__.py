@@ -1,4 +1,4 @@
-"""The command line: `remix train`, `eval`, `generate`, `export`, `bench`, `env` and `validate`.
+"""The command line: `remix train`, `eval`, `generate`, `report`, `export`, `bench`, `env`, ...
 
 A command's module is imported when it runs, so that help needs neither torch nor transformers.
 """
@@ -16,6 +16,7 @@ _MODULES = {
     "train": "remix_cli.train",
     "eval": "remix_cli.evaluate",
     "generate": "remix_cli.generate",
+    "report": "remix_cli.report",
     "export": "remix_cli.export",
     "env": "remix_cli.env",
     "validate": "remix_cli.validate",

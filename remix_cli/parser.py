@@ -109,6 +109,17 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     generate.add_argument("--seed", type=int, default=0, help="of the sampled answers")
     _add_fields(generate, "model", extra=(*_RUNTIME_FIELDS, "max_new_tokens"))
 
+    report = _add_command(commands, "report", "show runs side by side on one page of HTML")
+    report.usage = "remix report RUN [RUN ...] [--flag value ...]"
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folders that `remix train` wrote")
+    report.add_argument(
+        "--output", default="report.html", metavar="FILE", help="default: report.html"
+    )
+    report.add_argument("--png", metavar="DIR", help="write the figures as PNG files too")
+    report.add_argument(
+        "--any-model", action="store_true", help="runs of different base models, side by side"
+    )
+
     export = _add_command(
         commands, "export", "write the experts that are chosen most as a plain LoRA"
     )

@@ -30,6 +30,7 @@ from remix_cli.config import (
     write_yaml,
 )
 from remix_cli.display import console
+from remix_model.routing_log import ROUTING_FILE
 from remix_model.saving import PARTIAL, PARTIAL_FILES, REMOVED, discard
 
 CONFIG_FILE = "config.yaml"
@@ -37,6 +38,7 @@ METRICS_FILE = "metrics.json"
 # PEFT's and the tokenizer's files beside our own two. README.md is PEFT's model card.
 _RUN_FILES = (
     METRICS_FILE,
+    ROUTING_FILE,
     "adapter_config.json",
     "adapter_model.safetensors",
     "README.md",
@@ -55,7 +57,8 @@ _REPLACED = ".replaced-run"  # waits here until the run that replaces it has don
 _REMOVED = ".removed-run"  # and is removed here: half a run must never be brought back
 # What a killed run leaves half-written or half-removed.
 _LEFTOVERS = (_REMOVED, PARTIAL, PARTIAL_FILES, REMOVED)
-_LEFT_FILES = re.compile(rf"\.({re.escape(CONFIG_FILE)}|{re.escape(METRICS_FILE)})\.\d+")
+_REPLACED_FILES = (CONFIG_FILE, METRICS_FILE, ROUTING_FILE)
+_LEFT_FILES = re.compile(rf"\.({'|'.join(map(re.escape, _REPLACED_FILES))})\.\d+")
 # What training must find in a checkpoint to go on as if it had never stopped.
 _CHECKPOINT_FILES = (
     "adapter_model.safetensors",

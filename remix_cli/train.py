@@ -37,6 +37,7 @@ from remix_model.card import write_model_card
 from remix_model.data import Example
 from remix_model.errors import SavingError
 from remix_model.peft_files import without_adapter
+from remix_model.stats import RoutingRecorder
 from remix_model.tokens import DataCollator, prompt_ids
 
 
@@ -136,7 +137,7 @@ def _run(
         console.print(f"the run in {folder} was finished already: raise max_steps to go on")
         return
     with record_routing(model) if config.is_routed else nullcontext() as recorder:
-        loss_after = _held_out_loss(trainer, "after training")
+        loss_after = _held_out_loss(trainer, "after training", recorder)
     routing = recorder.stats() if recorder and held_out_rows else None
 
     state = trainer.state
@@ -153,13 +154,15 @@ def _run(
         **facts,
         "loss_history": [entry for entry in history if "loss" in entry],
         "eval_history": [entry for entry in history if "eval_loss" in entry],
-        "routing": routing.to_dict() if routing else None,
+        "routing": routing.to_dict(matrices=False) if routing else None,
         "config": config.values(),
         "versions": versions(),
         "device": str(plan.arguments.device),
     }
     if not is_main:
         return
+    if routing is not None and isinstance(trainer, ReMixTrainer):
+        trainer.routing_log.add_held_out(state.global_step, routing)
     write_json(metrics, folder / METRICS_FILE)
     facts_of_run = _card_facts(metrics, config)
     write_model_card(
@@ -216,17 +219,41 @@ def _reported_steps(folder: Path) -> int | None:
         return None
 
 
-def _held_out_loss(trainer: Trainer, when: str) -> float | None:
-    """Return the held-out loss under top-k routing, None without held-out data."""
+def _held_out_loss(
+    trainer: Trainer, when: str, recorder: RoutingRecorder | None = None
+) -> float | None:
+    """Return the held-out loss under top-k routing, None without held-out data.
+
+    A recorder is told which task is evaluated.
+    """
     rows: Any = trainer.eval_dataset
     if rows is None:
         return None
     if not console.is_terminal:
         console.print(f"evaluating {len(rows)} held-out examples {when}")
-    loss = float(trainer.evaluate()["eval_loss"])
+    by_task: dict[str, list[Any]] = {}
+    for row in rows if recorder is not None else []:
+        by_task.setdefault(row.get("task", ""), []).append(row)
+    if recorder is None or set(by_task) <= {""}:
+        loss = float(trainer.evaluate()["eval_loss"])
+    else:
+        loss = _loss_by_task(trainer, by_task, recorder)
     if not math.isfinite(loss):
         raise FloatingPointError(f"the held-out loss {when} is {loss}: look at the data")
     return loss
+
+
+def _loss_by_task(
+    trainer: ReMixTrainer, by_task: dict[str, list[Any]], recorder: RoutingRecorder
+) -> float:
+    """Return the mean over all labelled tokens, while each task is evaluated by itself."""
+    total, count = 0.0, 0
+    for task, rows in by_task.items():
+        recorder.tasks(task or "(none)")
+        labelled = sum(label != -100 for row in rows for label in row["labels"][1:])
+        found = trainer.evaluate(rows, metric_key_prefix="task")
+        total, count = total + found["task_loss"] * labelled, count + labelled
+    return total / count
 
 
 def _print_samples(model: Any, tokenizer: Any, examples: list[Example], config: RunConfig) -> None:

@@ -38,12 +38,14 @@ class Example:
         prompt: Text that comes first and is not learned; may be empty.
         response: Text to learn.
         messages: A chat (`role` and `content` each) in place of prompt and response.
+        task: What kind of example it is, by the record's field "task"; for reports.
     """
 
     origin: str
     prompt: str = ""
     response: str = ""
     messages: tuple[Mapping[str, str], ...] | None = None
+    task: str = ""
 
 
 def load_examples(
@@ -307,12 +309,14 @@ def _examples_of(
     pieces = _parse_template(prompt_template if prompt_template is not None else "{prompt}")
     response_field = response_field or "response"
     for origin, record in records:
+        named = record.get("task")
+        task = named if isinstance(named, str) else ""
         if guess and "messages" in record:
             messages_field = "messages"
         guess = False
         if messages_field is not None:
             messages = _check_messages(_field(record, messages_field, origin), origin)
-            yield Example(origin, messages=messages)
+            yield Example(origin, messages=messages, task=task)
             continue
         prompt = "".join(
             literal + ("" if field is None else _text(record, field, origin))
@@ -321,7 +325,7 @@ def _examples_of(
         response = _text(record, response_field, origin)
         if not response:
             raise ValueError(f"{origin} has an empty response in the field {response_field!r}")
-        yield Example(origin, prompt=prompt, response=response)
+        yield Example(origin, prompt=prompt, response=response, task=task)
 
 
 def _parse_template(template: str) -> list[tuple[str, str | None]]:

@@ -28,7 +28,7 @@ def tokenize(
     model_max_length: int | None = None,
     long_examples: str = "error",
     train_on: str = "response",
-) -> list[dict[str, list[int]]]:
+) -> list[dict[str, Any]]:
     """Turn examples into `input_ids` and `labels`.
 
     Args:
@@ -42,7 +42,8 @@ def tokenize(
         train_on: "response" (a chat's assistant turns), or "all" tokens.
 
     Returns:
-        One dictionary per example. Labels are the ids where there is loss and -100 elsewhere.
+        One dictionary per example. Labels are the ids where there is loss and -100 elsewhere. An
+        example that names its task has it as `task`, which the collator leaves out.
 
     Raises:
         ValueError: An example is too long, or has nothing to learn; a chat template that does not
@@ -73,7 +74,8 @@ def tokenize(
                 f"{example.origin} has no response tokens to learn{cut}: remove it"
                 + (", raise max_length, or use long_examples=drop" if cut else "")
             )
-        rows.append({"input_ids": ids, "labels": labels})
+        task = {"task": example.task} if example.task else {}
+        rows.append({"input_ids": ids, "labels": labels, **task})
     if not rows:
         raise ValueError(
             f"all {len(examples)} examples are longer than max_length={max_length} tokens and were "

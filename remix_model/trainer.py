@@ -20,6 +20,7 @@ from remix_model.parallel import (
 )
 from remix_model.rates import RouterWait, give_group
 from remix_model.routing import sample_routing
+from remix_model.routing_log import RoutingLog
 from remix_model.site import find_sites, mix_seed
 from remix_model.state import RoutingState
 from remix_model.stats import RoutingRecorder
@@ -79,6 +80,8 @@ class ReMixTrainerMixin(CheckedSteps):
         if self.accelerator.is_fsdp2 and given.remix_selection_chunk_size is not None:
             # Gradients of chunks would be added to those that FSDP2 holds back meanwhile.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        self.routing_log = RoutingLog()
+        self.add_callback(self.routing_log)
         self._selection_group: Any = None
         if given.remix_selection_parallel > 1:
             mesh = selection_mesh(given.remix_selection_parallel, options.device.type)
@@ -208,6 +211,7 @@ class ReMixTrainerMixin(CheckedSteps):
             stats = self._recorder.stats()
             logs.update({f"remix/{key}": value for key, value in stats.summary().items()})
             shares = {layer.name: layer.expert_share for layer in stats.layers}
+            self.routing_log.add(self.state.global_step, stats)
             self._window.clear()
             self._recorder.reset()
         super().log(logs, start_time)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from remix_model import (
     RoutingStats,
     force_selection,
     record_routing,
+    routing_sums,
     sample_routing,
 )
+from remix_model.routing_sums import merge_subsets
 
 pytestmark = pytest.mark.filterwarnings("ignore:a ReMix model is being trained")
 
@@ -190,7 +193,18 @@ def test_to_dict_is_json_and_summary_is_the_mean():
         "share_ess",
         "entropy",
         "dead_experts",
+        "ess_min",
+        "ess_exp",
+        "policy_ess_min",
+        "distinct_subsets",
+        "co_selection",
+        "task_share",
+        "weight_histogram",
+        "top_weight_histogram",
     }
+    assert set(stats.to_dict(matrices=False)["layers"][0]) == {
+        key for key in first if "histogram" not in key
+    } - {"co_selection", "task_share"}
     summary = stats.summary()
     for key in ("entropy", "ess", "policy_ess", "share_ess"):
         assert summary[key] == pytest.approx((first[key] + second[key]) / 2)
@@ -274,3 +288,144 @@ def test_nothing_is_left_on_a_language_model(language_model, padded):
     for module in language_model.modules():
         assert not module._forward_pre_hooks
         assert not module._forward_hooks
+
+
+# Subsets, pairs, tasks and weights ----------------------------------------------------------------
+
+
+def test_pairs_and_subsets_by_hand():
+    layer = recorded(Masked(), random(2, 3, 5))
+    assert layer.distinct_subsets == 3  # {0, 1}, {0, 2} and {1, 2}; {1, 3} is padding
+    assert layer.co_selection == [[4, 2, 2, 0], [2, 3, 1, 0], [2, 1, 3, 0], [0, 0, 0, 0]]
+    assert layer.ess == layer.ess_min == layer.ess_exp == 2.0
+    assert sum(layer.weight_histogram) == layer.weight_histogram[10] == 10  # all are 1 / 2
+    assert layer.top_weight_histogram[10] == 5
+
+
+@pytest.mark.parametrize("n,k", [(5, 2), (64, 3)])
+def test_distinct_subsets_over_passes_are_exact(n, k):
+    """Against Python's sets; with 64 experts the last one's bit is the sign."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(RoutedLoRALinear(nn.Linear(4, 4), num_experts=n, top_k=k, r=1))
+    seen = set()
+    with record_routing(model) as record:
+        for _ in range(3):
+            index = torch.rand(40, n, generator=generator).topk(k).indices
+            index[:4] = torch.tensor([n - 1, *range(k - 1)])
+            seen |= {frozenset(row) for row in index.tolist()}
+            with force_selection(model, {"0": index}):
+                model(torch.ones(40, 4))
+    assert record.stats().layers[0].distinct_subsets == len(seen)
+
+
+def test_subsets_beyond_the_cap_are_cut_off():
+    held = merge_subsets(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[9, 9, 2, 0]]))
+    assert sorted(held[0].tolist()) == [0, 2, 9]
+    assert (merge_subsets(held, torch.tensor([[5, 7, 8]])) != 0).sum() == 3
+
+
+def test_tasks_of_sequences_also_when_selections_are_folded():
+    model = Masked().train()
+    with record_routing(model) as record:
+        record.tasks(["add", "sort"])
+        with force_selection(model, {"routed": INDEX}):
+            model(random(2, 3, 5), attention_mask=MASK)
+        record.tasks(["sort", "name"])
+        with sample_routing(model, num_selections=2, seed=0) as routing:
+            folded = torch.cat([torch.tensor([[0, 1]]), torch.tensor([[2, 3]])] * 2)[:, None]
+            with force_selection(model, {"routed": folded.expand(4, 3, 2)}):
+                model(**routing.expand({"x": random(2, 3, 5)}))
+        record.tasks(None)
+        model(random(2, 3, 5))
+    (layer,) = record.stats().layers
+    assert layer.tokens == 5 + 12 + 6
+    assert layer.task_share["add"] == pytest.approx([3 / 6, 2 / 6, 1 / 6, 0])
+    assert layer.task_share["sort"] == pytest.approx([7 / 16, 7 / 16, 2 / 16, 0])  # 1+6, 1+6, 2
+    assert layer.task_share["name"] == pytest.approx([0, 0, 0.5, 0.5])
+    with record_routing(model) as record, pytest.raises(ValueError, match="2 sequences"):
+        record.tasks(["add", "sort"])
+        model(random(3, 1, 5))
+
+
+def test_learned_weights_by_hand():
+    model = Masked()
+    weights = torch.tensor([[0.96, 0.04], [0.5, 0.5], [0.2, 0.8]])
+    with record_routing(model) as record:
+        add = record.add
+        record.add = lambda site, selection: add(site, WithWeights(selection, weights))
+        model(random(3, 5))
+    (layer,) = record.stats().layers
+    sizes = [1 / (a * a + b * b) for a, b in weights.tolist()]
+    assert layer.ess == pytest.approx(sum(sizes) / 3, rel=1e-5)
+    assert layer.ess_min == pytest.approx(min(sizes), rel=1e-5)
+    entropies = [-sum(p * math.log(p) for p in row) for row in weights.tolist()]
+    assert layer.ess_exp == pytest.approx(sum(map(math.exp, entropies)) / 3, rel=1e-5)
+    assert [i for i, c in enumerate(layer.weight_histogram) for _ in range(c)] == [
+        0, 4, 10, 10, 16, 19,
+    ]  # fmt: skip
+    assert [i for i, c in enumerate(layer.top_weight_histogram) for _ in range(c)] == [10, 16, 19]
+
+
+class WithWeights:
+    """A selection, and the weights that a learned router gave it."""
+
+    def __init__(self, selection, weights):
+        self.selection, self.weights = selection, weights
+
+    def __getattr__(self, name):
+        return getattr(self.selection, name)
+
+
+def test_counting_is_not_rounded_under_autocast():
+    model = Masked()
+    with record_routing(model) as record, torch.autocast("cpu", torch.bfloat16):
+        model(random(1, 1003, 5))
+        record.stats()
+    (layer,) = record.stats().layers
+    assert sum(row[i] for i, row in enumerate(layer.co_selection)) == 2 * 1003
+
+
+def test_layers_are_counted_together(monkeypatch):
+    """And as if each were alone: one update a pass, or one each where logits are many."""
+    model = nn.Sequential(*(Masked() for _ in range(3)))
+    for i, part in enumerate(model):
+        options = {"num_experts": 4, "top_k": 2, "r": 2, "router_init_range": 1.0 + i}
+        part.routed = RoutedLoRALinear(nn.Linear(5, 5), **options)
+    updates, seen = [], {}
+    add = routing_sums.LayerSums.add
+    counted = lambda self, *args: (updates.append(len(args[1])), add(self, *args))  # noqa: E731
+    monkeypatch.setattr(routing_sums.LayerSums, "add", counted)
+    for room in (2**21, 1):
+        monkeypatch.setattr("remix_model.stats._WAITING", room)
+        with record_routing(model) as record:
+            model(random(2, 3, 5))
+            model(random(2, 3, 5))
+        seen[room] = record.stats()
+    assert updates == [3, 3, 1, 1, 1, 1, 1, 1]
+    assert seen[1].to_dict() == seen[2**21].to_dict()
+    assert len({layer.entropy for layer in seen[1].layers}) == 3
+
+
+def test_inference_mode_and_then_none():
+    model = Masked()
+    with record_routing(model) as record:
+        with torch.inference_mode():
+            model(random(2, 3, 5))
+        model(random(2, 3, 5))
+    assert record.stats().layers[0].tokens == 12
+
+
+def test_to_frame_has_a_row_for_each_expert(monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    model = Masked()
+    with record_routing(model) as record:
+        record.tasks("add")
+        model(random(2, 3, 5))
+    frame = record.stats().to_frame()
+    (layer,) = record.stats().layers
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame["layer"]) == ["routed"] * 4
+    assert list(frame["expert_share"]) == layer.expert_share == list(frame["task:add"])
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        record.stats().to_frame()
