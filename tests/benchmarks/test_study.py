@@ -91,8 +91,9 @@ def test_cells_take_the_rate_that_the_search_found():
     cells = list(wanted(rows_with({1e-3: 0.9, 3e-4: 0.8, 1e-4: 0.85})))
     rates = {cell.learning_rate for cell in cells if cell.part != "search"}
     assert rates == {None, 3e-4}
-    assert rate_source("remix_k4") == "remix"
-    assert rate_source("rslora_r8") == "rslora"
+    takes_that_of_remix = ("uniform", "remix_frozen", "remix_k4", "remix_m4_g1")
+    assert {rate_source(method) for method in takes_that_of_remix} == {"remix"}
+    assert (rate_source("rslora_r8"), rate_source("lora_matched")) == ("rslora", "lora")
     tried = {cell.learning_rate for cell in cells if (cell.part, cell.method) == ("search", "lora")}
     assert tried == {*FIRST, 3e-4, 1e-4}
 
