@@ -87,9 +87,8 @@ def export_static_lora(
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").write_text(_card(config, chosen), encoding="utf-8")
     lora = _lora_config(config, adapter, layers)
-    lora.save_pretrained(
-        str(folder), auto_mapping_dict=_auto_mapping(model)
-    )  # last: now it is whole
+    # Last: now it is whole.
+    lora.save_pretrained(str(folder), auto_mapping_dict=_auto_mapping(model))
     return chosen
 
 

@@ -87,6 +87,7 @@ def test_numbers_belong_to_the_living():
     ("what", "value"),
     [
         ("state", 1),
+        ("router", SimpleNamespace(random=True)),
         ("forced", 1),
         ("records", [1]),
         ("replaying", 1),
@@ -97,7 +98,7 @@ def test_numbers_belong_to_the_living():
 def test_a_graph_of_a_top_k_pass_is_for_nothing_else(what, value):
     nothing = {True: None, False: None}
     site = {"state": None, "forced": None, "records": [], "replaying": None}
-    site |= {"last": nothing, "last_forced": nothing}
+    site |= {"last": nothing, "last_forced": nothing, "router": SimpleNamespace(random=False)}
     assert is_top_k_only(SimpleNamespace(**site), training=True)
     assert not is_top_k_only(SimpleNamespace(**{**site, what: value}), training=True)
 
@@ -107,7 +108,7 @@ def test_a_state_keeps_memory_of_its_own():
     layer = make_layers()[0].train()
     with sample_routing(layer, num_selections=2, seed=0) as routing:
         x = routing.expand({"x": torch.randn(2, 3, 5, dtype=torch.float64)})["x"]
-        index, _, state = choose(x, layer.router.detach(), layer.site.number, 2, True)
+        index, _, state = choose(x, layer.router.detach(), layer.site.number, 4, 2, True)
         (kept,) = routing.selections[layer.site.stream]
         assert torch.equal(index, kept.view_as(index)) and int(state) > 0
         assert index.data_ptr() != kept.data_ptr()
