@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from remix_cli.options import RunConfig
 from remix_model.models import resolve_device
+from remix_model.routers import make_router
 
 if TYPE_CHECKING:
     from remix_model import ReMixTrainingArguments
@@ -73,7 +74,9 @@ def _routed_arguments(config: RunConfig) -> ReMixTrainingArguments:
     """What training a mixture has beside."""
     from remix_model import ReMixTrainingArguments
 
-    if config.num_selections < 2:
+    router = make_router(config.router_type, config.num_experts, config.top_k, config.router_kwargs)
+    drawn_for = not (router.learned or router.random)  # a policy that is trained
+    if drawn_for and config.num_selections < 2:
         raise ValueError(
             f"num_selections={config.num_selections}: training the routers compares at least 2 "
             f"sampled selections of each example"
@@ -95,6 +98,9 @@ def _routed_arguments(config: RunConfig) -> ReMixTrainingArguments:
         "router_max_grad_norm",
     )
     values = {f"remix_{name}": getattr(config, name) for name in ours}
+    if router.learned:  # nothing is drawn
+        values["remix_num_selections"] = 1
+        values["remix_grad_selections"] = values["remix_selection_chunk_size"] = None
     try:
         return ReMixTrainingArguments(**_common_arguments(config), **values)
     except ValueError as error:

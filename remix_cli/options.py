@@ -7,7 +7,7 @@ are those of `ReMixConfig`, of PEFT's configurations and of transformers' `Train
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -16,6 +16,8 @@ from remix_cli.values import convert, one_of
 
 ROUTED = "routed"  # stands for every method below that is a mixture, and for routers of the user's
 ROUTED_METHODS = ("remix", "uniform", "mixlora", "mixlora_block", "hydralora", "mor")
+DRAWN = "drawn"  # for those of them whose experts may be drawn
+_LEARNED = ("mixlora", "mixlora_block", "hydralora")
 _LORAS = ("lora", "rslora", "dora")
 _LOW_RANK = (*_LORAS, "vblora")
 _PROMPTS = ("prefix", "prompt", "ptuning")
@@ -43,6 +45,7 @@ def _option(
 
 
 _routed = partial(_option, methods=(ROUTED,))
+_drawn = partial(_option, methods=(DRAWN,))
 
 
 @dataclass
@@ -134,6 +137,9 @@ class RunConfig:
     router_type: str = _routed(
         "remix", "method", "how experts are chosen; as method", ROUTED_METHODS
     )
+    router_kwargs: Mapping[str, Any] | None = _routed(
+        None, "method", "options of the router, as '{load_balancing_coef: 0.02}'; default: none"
+    )
     routing_granularity: str = _routed(
         "token",
         "method",
@@ -191,36 +197,36 @@ class RunConfig:
     )
 
     # How it learns.
-    num_selections: int = _routed(4, "training", "sampled selections per input (M), at least 2")
-    grad_selections: int | None = _routed(
+    num_selections: int = _drawn(4, "training", "sampled selections per input (M), at least 2")
+    grad_selections: int | None = _drawn(
         None, "training", "selections with a backward pass (G); default: all M"
     )
-    selection_chunk_size: int | None = _routed(
+    selection_chunk_size: int | None = _drawn(
         None, "training", "selections in memory at once; default: G"
     )
-    selection_parallel: int = _routed(
+    selection_parallel: int = _drawn(
         1, "training", "neighbouring ranks that share the selections of a batch", minimum=1
     )
-    credit: str = _routed(
+    credit: str = _drawn(
         "causal",
         "training",
         "losses a choice answers for: those after it, or all of its sequence (the paper's)",
         ("causal", "sequence"),
     )
-    log_prob: str = _routed(
+    log_prob: str = _drawn(
         "unordered",
         "training",
         "of a selection: of the set, or of the draw (the paper's)",
         ("unordered", "ordered"),
     )
-    logprob_tokens: str = _routed(
+    logprob_tokens: str = _drawn(
         "all", "training", "positions that are sampled", ("all", "response")
     )
     learning_rate: float = _option(5e-4, "training", "of the LoRAs, at its peak", minimum=0)
     router_learning_rate: float | None = _routed(
         None, "training", "of the routers; default: learning_rate", minimum=0
     )
-    advantage_norm: str = _routed(
+    advantage_norm: str = _drawn(
         "none",
         "training",
         "divides advantages by their spread, of an input or the batch; biased",
@@ -232,8 +238,8 @@ class RunConfig:
     load_balancing_coef: float = _routed(
         0.0, "training", "pull towards even use of experts; biased", minimum=0
     )
-    temperature: float = _routed(1.0, "training", "of the sampled policy, at the first step")
-    temperature_end: float | None = _routed(
+    temperature: float = _drawn(1.0, "training", "of the sampled policy, at the first step")
+    temperature_end: float | None = _drawn(
         None, "training", "the same at the last step, linear in between; default: no schedule"
     )
     num_train_epochs: float = _option(1.0, "training", "passes over the training data", minimum=0)
@@ -334,7 +340,9 @@ def option_types(name: str) -> tuple[Any, ...]:
 def has_option(method: str, name: str) -> bool:
     """Return whether a method has an option."""
     methods = FIELDS[name].metadata["methods"]
-    return methods is None or (method if method in PEFT_METHODS else ROUTED) in methods
+    if methods is None or method in PEFT_METHODS:
+        return methods is None or method in methods
+    return ROUTED in methods or (DRAWN in methods and method not in _LEARNED)
 
 
 def methods_with(name: str) -> str:

@@ -6,7 +6,7 @@ Imports nothing heavy: help is instant.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field
 from typing import Any, NoReturn, get_origin
 
@@ -166,11 +166,23 @@ def parse_flag(name: str, raw: str | list[str] | None) -> Any:
     if name == "prompt_template":  # a shell passes these two characters on as they are
         raw = raw.replace("\\n", "\n").replace("\\t", "\t")
     value: Any = raw
-    if bool in kinds:
+    if any(get_origin(kind) is Mapping for kind in kinds):
+        value = _mapping(raw)
+    elif bool in kinds:
         value = {"true": True, "yes": True, "false": False, "no": False}.get(raw.lower(), raw)
     elif int in kinds:
         value = _int(raw)
     return check_value(name, value)
+
+
+def _mapping(raw: str) -> Any:
+    """A mapping, written as in YAML or JSON; what cannot be read stays text."""
+    import yaml
+
+    try:
+        return yaml.safe_load(raw)
+    except yaml.YAMLError:
+        return raw
 
 
 class _Parser(argparse.ArgumentParser):
@@ -234,6 +246,8 @@ def _add_field(parser: Any, item: Field[Any]) -> None:
         nargs, metavar = "?", "BOOL"
     elif any(get_origin(kind) is Sequence for kind in kinds):
         nargs, metavar = "+", "NAME" if str in kinds else "N"
+    elif any(get_origin(kind) is Mapping for kind in kinds):
+        metavar = "MAPPING"
     elif int in kinds:
         metavar = "N"
     elif float in kinds:

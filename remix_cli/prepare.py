@@ -195,6 +195,7 @@ def method_config(config: RunConfig) -> ReMixConfig:
     ours = ("method", "backend", "from_lora")
     names = [item.name for item in option_fields("method") if item.name not in ours]
     values = {name: getattr(config, name) for name in names}
+    values["router_kwargs"] = values["router_kwargs"] or {}
     _list_names(values)
     runtime = {"backend": config.backend}
     adapter = ReMixConfig(task_type="CAUSAL_LM", runtime_config=runtime, **values)

@@ -103,9 +103,11 @@ def _print_memory(
     parts = {**asdict(estimate), "total": estimate.total}
     title = "Estimated memory of a step (MiB)"
     if config.is_routed:
+        arguments: Any = plan.arguments
         count = selections["selections_at_once"]
         title = (
-            f"Estimated memory of a step with M = {config.num_selections}, {count} at once (MiB)"
+            f"Estimated memory of a step with M = {arguments.remix_num_selections}, {count} at "
+            "once (MiB)"
         )
     print_facts(title, [(part, round(size / 2**20)) for part, size in parts.items()])
 

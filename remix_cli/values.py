@@ -66,6 +66,9 @@ def _convert(kind: Any, value: Any) -> Any:
             return None
         items = [_convert(inner, item) for item in value]
         return None if None in items else items
+    if get_origin(kind) is Mapping:
+        named = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        return value if named else None
     if isinstance(value, bool):
         return value if kind is bool else None
     if kind is float and isinstance(value, int):
@@ -80,6 +83,8 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def _kind_name(kind: Any) -> str:
+    if get_origin(kind) is Mapping:
+        return "a mapping from names"
     if get_origin(kind) is Sequence:
         return "a list of " + {str: "names", int: "whole numbers"}[get_args(kind)[0]]
     return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
