@@ -106,13 +106,13 @@ def series_line(step: int, stats: RoutingStats) -> dict[str, Any]:
     return line
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """The file's lines that are whole.
 
     Raises:
         OSError: It cannot be read.
     """
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
                 line = json.loads(text)

@@ -48,9 +48,8 @@ def measure(
     layers, rows, _ = logits.shape
     kept = logits.new_ones(rows, dtype=torch.bool) if kept is None else kept
     one = kept.to(logits.dtype)
-    log_q = logits.log_softmax(-1)
-    q = log_q.exp()
-    values = [-(q * log_q).sum(-1), 1.0 / q.square().sum(-1)]
+    q = logits.softmax(-1)
+    values = [torch.special.entr(q).sum(-1), 1.0 / q.square().sum(-1)]
     with no_autocast(logits.device):  # counts must not be rounded to bfloat16
         taken = torch.zeros_like(logits).scatter_(-1, chosen, 1.0).mul_(one.unsqueeze(-1))
         found = {"together": taken.mT @ taken, "tokens": one.sum().expand(layers)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -352,7 +353,7 @@ def test_learned_weights_by_hand():
     weights = torch.tensor([[0.96, 0.04], [0.5, 0.5], [0.2, 0.8]])
     with record_routing(model) as record:
         add = record.add
-        record.add = lambda site, selection: add(site, WithWeights(selection, weights))
+        record.add = lambda site, selection: add(site, replace(selection, drawn_weights=weights))
         model(random(3, 5))
     (layer,) = record.stats().layers
     sizes = [1 / (a * a + b * b) for a, b in weights.tolist()]
@@ -366,14 +367,17 @@ def test_learned_weights_by_hand():
     assert [i for i, c in enumerate(layer.top_weight_histogram) for _ in range(c)] == [10, 16, 19]
 
 
-class WithWeights:
-    """A selection, and the weights that a learned router gave it."""
-
-    def __init__(self, selection, weights):
-        self.selection, self.weights = selection, weights
-
-    def __getattr__(self, name):
-        return getattr(self.selection, name)
+@torch.no_grad()
+def test_mixlora_weighs_unevenly_and_remix_does_not(make_remix, padded):
+    for router_type, even in (("mixlora", False), ("remix", True)):
+        model = make_remix(router_type=router_type, router_init_range=1.0).eval()
+        with record_routing(model) as record:
+            model(**padded)
+        for layer in record.stats().layers:
+            assert (layer.ess_min == layer.ess == 2) == even
+            assert 1 <= layer.ess_min <= layer.ess <= layer.ess_exp <= 2
+            assert sum(layer.top_weight_histogram) == layer.tokens == 26
+            assert not any(layer.top_weight_histogram[:9])
 
 
 def test_counting_is_not_rounded_under_autocast():
