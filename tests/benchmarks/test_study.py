@@ -26,7 +26,7 @@ from benchmarks.study.plan import (
 )
 from benchmarks.study.rows import COLUMNS, add_row, read_rows
 from benchmarks.study.run import main
-from remix_cli.config import RunConfig
+from remix_cli.run_folder import resolve_config
 from tests.benchmarks.study_fakes import CELLS, RUNNER, run_fakes, write_trec
 
 
@@ -70,7 +70,7 @@ def test_cells_have_names_of_their_own_and_valid_methods():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_options_are_those_of_remix_train(method):
-    RunConfig(**METHODS[method])
+    resolve_config(None, METHODS[method])  # which refuses what a method does not have
 
 
 def test_search_goes_outward_while_the_best_is_outermost():
