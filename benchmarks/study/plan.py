@@ -57,7 +57,8 @@ TASKS = {
 
 # Options of `remix train`. Activated parameters of the feed-forward linears are in the comments, in
 # thousands a block of SmolLM2-135M.
-POOL = {"num_experts": 8, "top_k": 2, "r": 8, "num_selections": M}
+POOL = {"num_experts": 8, "top_k": 2, "r": 8}
+DRAWN = {**POOL, "num_selections": M}
 PAPER = {"credit": "sequence", "log_prob": "ordered"}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 19},  # 120
@@ -69,19 +70,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "mixlora": {"method": "mixlora", **POOL},  # 123
     "hydralora": {"method": "hydralora", **POOL, "num_experts": 3, "top_k": 3},  # 117
     "mor": {"method": "mor", **POOL, "r": 6},  # 124, with two sub-routers
-    "remix_paper": {**POOL, **PAPER},  # 123
-    "remix": {**POOL},  # 123; causal credit, unordered probability
-    "remix_lora_type": {**POOL, "use_rslora": False},
+    "remix_paper": {**DRAWN, **PAPER},  # 123
+    "remix": {**DRAWN},  # 123; causal credit, unordered probability
+    "remix_lora_type": {**DRAWN, "use_rslora": False},
     # No learning of routers: drawn evenly, or the router as it was initialised.
-    "uniform": {"method": "uniform", **POOL},
-    "remix_frozen": {**POOL, "router_learning_rate": 0.0},
+    "uniform": {"method": "uniform", **DRAWN},
+    "remix_frozen": {**DRAWN, "router_learning_rate": 0.0},
     # One LoRA of rank k r, and k of rank r: the same weight of an expert, without the routers.
     **{f"rslora_r{8 * k}": {"method": "rslora", "rank": 8 * k} for k in (1, 2, 4)},
-    **{f"remix_k{k}": {**POOL, "top_k": k} for k in (1, 3, 4)},
+    **{f"remix_k{k}": {**DRAWN, "top_k": k} for k in (1, 3, 4)},
     # More selections.
-    **{f"remix_m{m}": {**POOL, "num_selections": m} for m in (4, 8)},
-    **{f"remix_m{m}_matched": {**POOL, "num_selections": m} for m in (4, 8)},
-    "remix_m4_g1": {**POOL, "num_selections": 4, "grad_selections": 1},  # a fifth above M = 2
+    **{f"remix_m{m}": {**DRAWN, "num_selections": m} for m in (4, 8)},
+    **{f"remix_m{m}_matched": {**DRAWN, "num_selections": m} for m in (4, 8)},
+    "remix_m4_g1": {**DRAWN, "num_selections": 4, "grad_selections": 1},  # a fifth above M = 2
 }
 # Times the task's steps, so that all of a comparison take the same compute.
 STEPS_OF = {"lora_matched": M, "remix_m4_matched": M / 4, "remix_m8_matched": M / 8}

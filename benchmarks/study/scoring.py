@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from benchmarks.study.data import Item
 from benchmarks.study.metrics import score
-from benchmarks.theorem1 import effective_size
 from remix_model import force_selection, record_routing, sample_routing, token_losses
 from remix_model.data import Example
 from remix_model.site import find_sites
@@ -107,8 +105,6 @@ class WeightRecord:
         self.recorder = recorder  # which knows the tokens that are no padding
         self.sorted_sum = torch.zeros(top_k, dtype=torch.float64)
         self.tokens = 0
-        self.ess_sum = 0.0
-        self.least_ess = float("inf")
 
     def add(self, selection: Any) -> None:
         """Count one pass; weights that are not learned are all equal."""
@@ -122,18 +118,14 @@ class WeightRecord:
         ordered = (weights / weights.sum(-1, keepdim=True)).sort(-1, descending=True).values
         self.sorted_sum += ordered.sum(0)
         self.tokens += len(ordered)
-        ess = effective_size(ordered)
-        self.ess_sum += float(ess.sum())
-        self.least_ess = min(self.least_ess, float(ess.min()))
 
 
 def routing_figures(model: Any, batches: Sequence[Batch]) -> dict[str, Any]:
     """How a routed model routes, under top-k; nothing of another.
 
     Returns:
-        ess: of the routing weights, mean over layers and tokens. least_ess: the least of any token
-        in the last layer (ReMix, figure 3). policy_ess, share_ess, dead_experts: as in
-        `RoutingStats`, means over layers, and their total for the last.
+        ess, policy_ess, share_ess, dead_experts: means over layers (a total for the last), as in
+        `RoutingStats`. least_ess: the least of any token in the last layer (ReMix, figure 3).
         weights: a token's largest weight, second largest, ...: their means over layers and tokens
         (figure 2), as JSON.
     """
@@ -149,13 +141,13 @@ def routing_figures(model: Any, batches: Sequence[Batch]) -> dict[str, Any]:
         finally:
             for name, site in sites.items():
                 site.records.remove(records[name])  # type: ignore[arg-type]
-    found = recorder.stats().summary()
+    stats = recorder.stats()
+    found = stats.summary()
     shares = [record.sorted_sum / record.tokens for record in records.values()]
     mean = torch.stack(shares).mean(0)
     return {
-        **{key: found[key] for key in ("policy_ess", "share_ess", "dead_experts")},
-        "ess": statistics.mean(record.ess_sum / record.tokens for record in records.values()),
-        "least_ess": list(records.values())[-1].least_ess,
+        **{key: found[key] for key in ("ess", "policy_ess", "share_ess", "dead_experts")},
+        "least_ess": stats.layers[-1].ess_min,
         "weights": json.dumps([round(float(share), 4) for share in mean]),
     }
 
