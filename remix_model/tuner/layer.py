@@ -77,6 +77,11 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         router = make_router(config.router_type, n, config.top_k, config.router_kwargs)
         shared = 1 if router.shared_a else n
         check_stored(config, (shared, r, self.in_features), (n, self.out_features, r))
+        weight_shape = router.parameter_shape(self.in_features)
+        if weight_shape is not None:
+            # Those that follow another linear's router lose theirs at once, and it is in no file.
+            follows = config.router_sharing == "block"
+            check_stored(config, (*weight_shape[:-1], None if follows else weight_shape[-1]))
         self.r[adapter_name], self.num_experts[adapter_name] = r, n
         self.top_k[adapter_name] = router.top_k
         self.scaling[adapter_name] = routing_scaling(

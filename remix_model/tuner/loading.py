@@ -31,12 +31,12 @@ _DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError
 _loading: ContextVar[Shapes | None] = ContextVar("_loading", default=None)
 
 
-def check_stored(config: ReMixConfig, *shapes: tuple[int, ...]) -> None:
+def check_stored(config: ReMixConfig, *shapes: tuple[int | None, ...]) -> None:
     """Before a layer makes tensors: refuse a shape that the file which is being loaded has not.
 
     Args:
         config: The adapter's.
-        shapes: Of the layer's A and B.
+        shapes: Of the layer's A and B, and of its router's parameter; None stands for any size.
 
     Raises:
         ValueError: An adapter is being loaded and has no tensor of such a shape.
@@ -45,12 +45,18 @@ def check_stored(config: ReMixConfig, *shapes: tuple[int, ...]) -> None:
     if stored is None:
         return
     for shape in shapes:
-        if shape not in stored.values():
+        if not any(_matches(shape, other) for other in stored.values()):
+            wanted = ["any" if size is None else size for size in shape]
             raise ValueError(
-                f"this model needs adapter weights of {list(shape)}, and the file has none: the "
+                f"this model needs adapter weights of {wanted}, and the file has none: the "
                 f"adapter was trained for base model {config.base_model_name_or_path!r}; load "
                 "that one"
             )
+
+
+def _matches(shape: tuple[int | None, ...], other: tuple[int, ...]) -> bool:
+    sizes = zip(shape, other, strict=False)
+    return len(shape) == len(other) and all(a is None or a == b for a, b in sizes)
 
 
 def refuse_strays(model: Any, names: Iterable[str], known: tuple[str, ...]) -> None:

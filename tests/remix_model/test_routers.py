@@ -324,6 +324,21 @@ def test_an_adapter_is_saved_and_loaded(kind, make_llama, make_remix, make_batch
     assert saved["router_kwargs"] == ALL[kind].get("router_kwargs", {})
 
 
+@pytest.mark.parametrize("sharing", ["module", "block"])
+def test_nothing_is_made_by_a_number_of_the_file(
+    sharing, make_llama, make_remix, tmp_path, monkeypatch
+):
+    model = make_remix(router_type="mor", router_sharing=sharing)
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(make_llama(), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    saved = json.loads(config.read_text())
+    config.write_text(json.dumps({**saved, "router_kwargs": {"num_routers": 1000}}))
+    monkeypatch.setattr("remix_model.tuner.layer.make_parameter", None)  # not even called
+    with pytest.raises(ValueError, match=r"needs adapter weights of \[5000, (32|'any')\]"):
+        PeftModel.from_pretrained(make_llama(), tmp_path)
+
+
 def test_a_shared_a_is_stored_and_counted_once(make_remix):
     model = make_remix(router_type="hydralora", num_experts=5)
     layer = next(m for m in model.modules() if hasattr(m, "remix_lora_A"))
