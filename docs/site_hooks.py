@@ -74,6 +74,8 @@ def _is_own(action: Action) -> bool:
 
 def _flag(parser: ArgumentParser, action: Action) -> tuple[str, str]:
     metavar = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+    if not action.option_strings:  # a word without a flag
+        return f"`{metavar.strip()}`", str(action.help)
     return f"`{action.option_strings[-1]}{metavar}`", str(action.help)
 
 

@@ -22,6 +22,8 @@ def test_every_field_is_a_flag_with_help() -> None:
     for item in fields(RunConfig):
         assert item.metadata["help"]
         value = "3" if "int" in str(item.type) or "float" in str(item.type) else "true"
+        if "Mapping" in str(item.type):
+            value = "{name: 1}"
         if item.metadata["choices"]:
             value = item.metadata["choices"][-1]
         flag = "--" + item.name.replace("_", "-")
