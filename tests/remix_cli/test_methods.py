@@ -28,7 +28,8 @@ def test_the_names_are_those_of_the_tables() -> None:
     from remix_model.routers import ROUTERS
 
     assert set(PEFT_METHODS) == set(METHODS)
-    assert set(ROUTED_METHODS) == set(ROUTERS)
+    ours = {name for name, kind in ROUTERS.items() if kind.__module__.startswith("remix_model.")}
+    assert set(ROUTED_METHODS) == ours  # other tests may have registered routers of their own
 
 
 @pytest.mark.parametrize(
