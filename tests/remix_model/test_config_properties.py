@@ -14,6 +14,7 @@ from torch import nn
 from remix_kernels import reference
 from remix_model import ReMixConfig, RoutedLoRALinear
 from remix_model.layer import routing_scaling
+from remix_model.routers import make_router
 
 
 @st.composite
@@ -48,7 +49,8 @@ def test_a_pool_computes_the_formula(
     with torch.no_grad():
         logits = (x.float() @ layer.router.float().T) / pool["router_temperature"]
         index = logits.topk(pool["top_k"], dim=-1).indices
-        scaling = routing_scaling(pool["lora_alpha"], pool["top_k"], pool["r"], pool["use_rslora"])
+        rank = pool["top_k"] * pool["r"]
+        scaling = pool["lora_alpha"] / (math.sqrt(rank) if pool["use_rslora"] else rank)
         arguments = (base.weight, base.bias, layer.lora_A, layer.lora_B, index, scaling)
         expected = reference.routed_linear_ref(x, *arguments)
         torch.testing.assert_close(layer.eval()(x), expected, rtol=1e-9, atol=1e-9)
@@ -80,7 +82,8 @@ def test_any_other_configuration_is_refused(values: dict[str, Any]) -> None:
         assert len(str(error)) > 10
         return
     assert 1 <= config.top_k <= config.num_experts and config.r >= 1
-    assert math.isfinite(routing_scaling(config.lora_alpha, config.top_k, 1, config.use_rslora))
+    router = make_router(config.router_type, config.num_experts, config.top_k, config.router_kwargs)
+    assert math.isfinite(routing_scaling(router, config.lora_alpha, 1, config.use_rslora))
     saved = config.to_dict()
     saved.pop("peft_type")
     assert ReMixConfig(**saved).to_dict() == config.to_dict()
