@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from remix_model.credit import CREDITS
+from remix_model.routers import ROUTERS
 from tests.conftest import ROOT
 from tests.remix_cli.helpers import make_model
 
@@ -66,3 +67,12 @@ def _cut_answers(monkeypatch: pytest.MonkeyPatch, tokens: int = 4) -> None:
         return generate(self, *args, max_new_tokens=min(max_new_tokens, tokens), **kwargs)
 
     monkeypatch.setattr(transformers.GenerationMixin, "generate", generate_few)
+
+
+@pytest.fixture(autouse=True)
+def routers_of_pages_are_forgotten() -> Iterator[None]:
+    """A registered class would keep all of its page's names alive."""
+    before = dict(ROUTERS)
+    yield
+    ROUTERS.clear()
+    ROUTERS.update(before)
