@@ -49,28 +49,22 @@ def in_block(
     assert selection.weights is not None
     if not (isinstance(site, FollowingSite) and site.is_last_of_block()):
         y = base(x)
-        delta = routed_lora(
-            dropout(x).to(y.dtype),
-            pool.lora_A,
-            pool.lora_B,
-            index,
-            pool.scaling,
-            backend=pool.backend,
-            strategy=pool.strategy,
-            check=False,
-        )
-        return (y + delta).flatten(0, 1)
+        return (y + _updates(pool, dropout(x).to(y.dtype), index, pool.scaling)).flatten(0, 1)
     weights = selection.weights.movedim(-1, 0).unsqueeze(-1)  # [k, B, ..., 1]
     hidden = x.unflatten(0, (k, -1))
     y = base((hidden * weights.to(x.dtype)).sum(0))
-    delta = routed_lora(
-        dropout(hidden).to(y.dtype),
+    return y + _updates(pool, dropout(hidden).to(y.dtype), index, weights * pool.scaling).sum(0)
+
+
+def _updates(pool: Pool, x: Tensor, index: Tensor, weights: Tensor | float) -> Tensor:
+    """What the k experts add: x [B, ..., in] or [k, B, ..., in] -> [k, B, ..., out]."""
+    return routed_lora(
+        x,
         pool.lora_A,
         pool.lora_B,
         index,
-        weights * pool.scaling,
+        weights,
         backend=pool.backend,
         strategy=pool.strategy,
         check=False,
     )
-    return y + delta.sum(0)

@@ -48,9 +48,7 @@ class DeliverRouterGradient(torch.autograd.Function):
         site: RoutingSite,
         selection: Selection,
     ) -> Tensor:
-        # The tensors go through saved tensors; what is left of the selection are its facts.
-        empty = drawn.new_empty(0)
-        ctx.selection = replace(selection, index=empty, drawn=empty, logits=empty, x=empty)
+        ctx.selection = selection.facts()
         ctx.site = site
         ctx.save_for_backward(x, router, logits, drawn)
         ctx.mark_dirty(y)  # nothing is written; unlike a view, y may be changed in place by others

@@ -129,11 +129,9 @@ class AddRegularizer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, drawn: Tensor, site: LearnedSite, facts: Selection
+        ctx: Any, logits: Tensor, drawn: Tensor, site: LearnedSite, selection: Selection
     ) -> Tensor:
-        # The tensors go through saved tensors; what is left of the selection are its facts.
-        empty = drawn.new_empty(0)
-        ctx.facts = replace(facts, index=empty, drawn=empty, logits=empty, x=empty)
+        ctx.facts = selection.facts()
         ctx.site = site
         ctx.save_for_backward(logits, drawn)
         return logits.view_as(logits)

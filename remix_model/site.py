@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +68,11 @@ class Selection:
     # Learned, before LoRA's scaling: [..., k] fp32 for every row, and for every decision.
     weights: Tensor | None = None
     drawn_weights: Tensor | None = None
+
+    def facts(self) -> Selection:
+        """Without its tensors, which autograd has to save itself."""
+        empty = self.drawn.new_empty(0)
+        return replace(self, index=empty, drawn=empty, logits=empty, x=empty)
 
 
 class RoutingSite(Replayed):
