@@ -3,7 +3,8 @@
     step       forward + backward of 8 sequences of 128 tokens, adapters on gate/up/down, fp32,
                logits at the labelled positions only in every variant; also the most that torch
                holds during the step, over what it held before (the gradients included)
-    routers    the same step with every type of router, beside ReMix's per selection and the loop
+    routers    the same step with every type of router, beside ReMix's per selection and the loop;
+               `remix_M1` is one selection with frozen routers, which need no second to learn from
     generate   greedy tokens with a KV cache, batch 1, adapters not merged
 
 A ReMix step runs M selections, so its time is divided by M: "per selection". `mixlora_loop` is a
@@ -31,6 +32,7 @@ from benchmarks import expert_loop
 from benchmarks.common import Timing, interleaved, peak_bytes, prepare_cpu, write_rows
 from remix_model import ReMixConfig, load_model, sample_routing, token_losses
 from remix_model.routers import ROUTERS
+from remix_model.site import find_sites
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 N, K, R = 8, 4, 8
@@ -189,6 +191,10 @@ def main() -> None:
         kinds = [kind for kind in ROUTERS if kind != "remix"]
         steps = {"remix_M2": remix_step(remix, one, 2)}
         steps |= {kind: remix_step(routed(kind), one, 1) for kind in kinds}
+        frozen = routed("remix")
+        for site in find_sites(frozen).values():
+            site.router_weight.requires_grad_(False)
+        steps["remix_M1"] = remix_step(frozen, one, 1)
         steps["mixlora_loop"] = lora_step(expert_loop.build(TARGETS, N, K, R), one)
         times = interleaved(steps, args.rounds, warmup=1)
         report(rows, f"routers {shape}", times, {"remix_M2": 2})
