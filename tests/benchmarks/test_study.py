@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +29,14 @@ from benchmarks.study.plan import (
 from benchmarks.study.rows import COLUMNS, add_row, read_rows
 from benchmarks.study.run import main
 from remix_cli.run_folder import resolve_config
-from tests.benchmarks.study_fakes import CELLS, RUNNER, run_fakes, write_trec
+from tests.benchmarks.study_fakes import (
+    CELLS,
+    PAIRED,
+    RUNNER,
+    STOPPABLE,
+    run_fakes,
+    write_trec,
+)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +125,25 @@ def test_a_killed_run_loses_only_the_running_cell(tmp_path):
     assert (tmp_path / "done").read_text() == "abbc"
     assert list(read_rows(tmp_path / "study.csv")) == [cell.digest for cell in CELLS[:2]]
     assert "broken" in (tmp_path / "cells" / CELLS[2].name / "log.txt").read_text()
+
+
+def test_workers_run_cells_side_by_side(tmp_path):
+    write_trec(tmp_path / "data")
+    assert run_fakes(tmp_path, PAIRED, workers=2) == []
+    assert sorted(read_rows(tmp_path / "study.csv")) == sorted(cell.digest for cell in CELLS)
+
+
+def test_a_stopped_run_stops_its_cells(tmp_path):
+    write_trec(tmp_path / "data")
+    with subprocess.Popen([sys.executable, "-c", STOPPABLE, str(tmp_path)]) as runner:
+        until = time.monotonic() + 60
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert runner.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        runner.terminate()
+    assert runner.returncode == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_data_stays_out_of_the_project(capsys):
