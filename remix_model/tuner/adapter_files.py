@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from remix_model.tuner.config import PEFT_TYPE, ReMixConfig
@@ -86,6 +87,26 @@ def check_weights(path: str | os.PathLike) -> Shapes:
             "copy it again"
         ) from error
     return shapes
+
+
+def misfit(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> str:
+    """How an adapter's tensors differ from those that a model has: what "the adapter ..." does.
+
+    Args:
+        expected: The model's, shapes by name.
+        found: The adapter's.
+
+    Returns:
+        The first difference; empty where there is none.
+    """
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        kind, name = ("lacks", missing[0]) if missing else ("holds unknown", unknown[0])
+        return f"{kind} {name} ({len(missing)} tensors missing, {len(unknown)} unknown)"
+    for name, shape in expected.items():
+        if tuple(found[name]) != tuple(shape):
+            return f"holds {name} as {list(found[name])}, which needs to be {list(shape)}"
+    return ""
 
 
 def check_fit(config: ReMixConfig, shapes: Shapes, folder: str) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from remix_model.granularity import SequencePass
 from remix_model.parallel import CHECKPOINT_WRAPPER
 from remix_model.site import RoutingSite
+from remix_model.tuner.adapter_files import misfit
 from remix_model.tuner.config import ReMixConfig
 from remix_model.tuner.layer import CANNOT_MERGE, ReMixLayer, linear_features
 from remix_model.tuner.loading import refuse_strays
@@ -345,15 +346,6 @@ def _check_loaded(
             "mean nothing unless the two are the same model",
             stacklevel=2,
         )
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or unknown:
-        kind, key = ("lacks", missing[0]) if missing else ("holds unknown", unknown[0])
-        raise ValueError(
-            f"the adapter {kind} {key} ({len(missing)} tensors missing, {len(unknown)} unknown): "
-            f"{fix}"
-        )
-    for key, shape in expected.items():
-        if found[key] != shape:
-            raise ValueError(
-                f"{key} is {list(found[key])} in the adapter and {list(shape)} in this model: {fix}"
-            )
+    difference = misfit(expected, found)
+    if difference:
+        raise ValueError(f"the adapter {difference}: {fix}")

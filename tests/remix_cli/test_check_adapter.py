@@ -40,7 +40,7 @@ def test_another_base_model_is_named(
     code = main(["validate", "--adapter", str(finished), "--model", str(other)])
     error = fails(capsys, code)
     assert f"adapter_model.safetensors does not fit {str(other)!r}" in error
-    assert "[4, 2, 48], and needs to be" in error or "[4, 2, 32], and needs to be" in error
+    assert "as [4, 2, 48], which needs" in error or "as [4, 2, 32], which needs" in error
     assert "with --model" in error
 
 

@@ -108,7 +108,7 @@ def test_hotswap_checks_the_file(other, make_remix, make_batch):
         ({"top_k": 3}, "for top_k, 2 != 3"),
         ({"lora_alpha": 4.0}, r"for lora_alpha, 2\.0 != 4\.0"),
         ({"routing_granularity": "sequence"}, "for routing_granularity, token != sequence"),
-        ({"num_experts": 5}, r"is \[5, 2, 32\] in the adapter and \[4, 2, 32\] in this model"),
+        ({"num_experts": 5}, r"as \[5, 2, 32\], which needs to be \[4, 2, 32\]"),
         ({"target_modules": ["up_proj"]}, r"lacks .*down_proj.*\(12 tensors missing"),
         ({"modules_to_save": ["lm_head"]}, "holds .*lm_head.* too: use load_adapter"),
     ],
