@@ -32,7 +32,7 @@ from benchmarks.common import Timing, interleaved, write_rows
 from benchmarks.layers.cells import Cell
 from benchmarks.layers.peers import PEERS, Forward, Unable, runnable
 from benchmarks.layers.problem import Problem
-from remix_kernels import triton_dense
+from remix_kernels import triton_products
 
 CELLS = (
     Cell("Llama-3-8B up", 16384, n=8, r=8, k=4),
@@ -58,7 +58,7 @@ def plain_own(problem: Problem) -> Forward:
     def forward() -> Tensor:
         x = problem.x.detach()
         y, nothing = x.new_empty(len(x), problem.cell.out_features), x.new_empty(len(x), 0)
-        triton_dense.expand(
+        triton_products.expand(
             nothing, problem.lora_B[:1].detach(), y, x=x, weight=problem.linear.weight
         )
         return y
