@@ -95,6 +95,8 @@ def _routed_arguments(config: RunConfig) -> ReMixTrainingArguments:
         "temperature",
         "temperature_end",
         "router_learning_rate",
+        "router_wait",
+        "expert_rate_scale",
         "router_max_grad_norm",
     )
     values = {f"remix_{name}": getattr(config, name) for name in ours}

@@ -226,6 +226,10 @@ class RunConfig:
     router_learning_rate: float | None = _routed(
         None, "training", "of the routers; default: learning_rate", minimum=0
     )
+    router_wait: int = _routed(0, "training", "steps before the routers' first update", minimum=0)
+    expert_rate_scale: float = _routed(
+        1.0, "training", "times learning_rate: the rate of the experts", minimum=0
+    )
     advantage_norm: str = _drawn(
         "none",
         "training",

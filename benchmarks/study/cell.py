@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.data import read_items
-from benchmarks.study.plan import Cell, Task
+from benchmarks.study.plan import POOL, Cell, Task, train_options
 from benchmarks.study.rows import COLUMNS
 
 
@@ -103,16 +103,39 @@ def overrides(cell: Cell, run: Path, data: Path) -> dict[str, Any]:
         "logging_steps": max(cell.steps // 12, 1),
         "save_steps": every,
         "save_total_limit": max(cell.checkpoints, 1) + 1,
-        **cell.options,
+        **train_options(cell.options, cell.learning_rate),
     }
 
 
 def train(cell: Cell, run: Path, data: Path) -> dict[str, Any]:
-    """Train as `remix train` does, and return what it wrote of it."""
+    """Train as `remix train` does, and return what it wrote of it.
+
+    With `copied_steps`, so many of the steps train one LoRA, of which all experts are copies then.
+    """
     from remix_cli import train
 
-    train.run(argparse.Namespace(config=None), overrides(cell, run, data))
+    options, copied = overrides(cell, run, data), cell.options.get("copied_steps", 0)
+    if copied:
+        lora = train_one_lora(cell, run.parent / "lora", data, copied)
+        options |= {"from_lora": [str(lora)] * POOL["num_experts"], "seed": cell.seed + 1000}
+        options["max_steps"] -= copied
+    train.run(argparse.Namespace(config=None), options)
     return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+
+
+def train_one_lora(cell: Cell, folder: Path, data: Path, steps: int) -> Path:
+    """Train an expert alone; its folder, in which it is scaled so that k of them add up to it."""
+    from remix_cli import train
+
+    options = overrides(cell, folder, data)
+    alone = {"method": "rslora", "rank": POOL["r"], "max_steps": steps}
+    kept = {key: value for key, value in options.items() if key not in cell.options}
+    train.run(argparse.Namespace(config=None), {**kept, **alone})
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["lora_alpha"] /= POOL["top_k"]
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return folder
 
 
 def trained(metrics: Mapping[str, Any]) -> dict[str, Any]:

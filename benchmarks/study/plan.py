@@ -83,7 +83,14 @@ METHODS: dict[str, dict[str, Any]] = {
     **{f"remix_m{m}": {**DRAWN, "num_selections": m} for m in (4, 8)},
     **{f"remix_m{m}_matched": {**DRAWN, "num_selections": m} for m in (4, 8)},
     "remix_m4_g1": {**DRAWN, "num_selections": 4, "grad_selections": 1},  # a fifth above M = 2
+    # What may help, ours: rates of routers and experts apart, routers that wait, copies of a LoRA.
+    "remix_router10": {**DRAWN, "router_rate": 10.0},
+    "remix_router01": {**DRAWN, "router_rate": 0.1},
+    "remix_experts4": {**DRAWN, "expert_rate_scale": 4.0},  # n / k
+    "remix_wait": {**DRAWN, "router_wait": 24},
+    "remix_copies": {**DRAWN, "copied_steps": 24},
 }
+HELP = tuple(METHODS)[-5:]
 # Times the task's steps, so that all of a comparison take the same compute.
 STEPS_OF = {"lora_matched": M, "remix_m4_matched": M / 4, "remix_m8_matched": M / 8}
 # Which method's learning rate these take; every other method has a search of its own.
@@ -93,6 +100,7 @@ RATE_OF = {
     "remix_frozen": "remix",
     **{name: "rslora" for name in METHODS if name.startswith("rslora_r")},
     **{name: "remix" for name in METHODS if name.startswith(("remix_k", "remix_m"))},
+    **dict.fromkeys(HELP, "remix"),
 }
 
 MAIN = ("lora", "mixlora", "remix", "remix_paper", "rslora", "lora_matched")
@@ -106,6 +114,7 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("main", "instruction_induction", MAIN, (1, 2)),
     ("ablation", "instruction_induction", ("uniform", "remix_frozen"), (1, 2)),
     ("main", "trec", MAIN, SEEDS),
+    ("help", "trec", ("remix", *HELP), SEEDS),  # on held-out training data, as the search
     ("main", "instruction_induction", REST, SEEDS),
     ("omega", "instruction_induction", ("remix_lora_type",), SEEDS),
     ("selections", "instruction_induction", ("remix_m4_g1", "remix_m4_matched", "remix_m4"), (0,)),
@@ -178,6 +187,16 @@ class Cell:
         return 10 + training + scoring * (1 + self.checkpoints / 2) + answering
 
 
+def train_options(options: Mapping[str, Any], rate: float | None) -> dict[str, Any]:
+    """The options of `remix train`: a router's rate is given as a multiple of the experts'.
+
+    `copied_steps` is left out: it is the cell's, see `benchmarks.study.cell.train`.
+    """
+    given = {key: value for key, value in options.items() if key != "copied_steps"}
+    scale = given.pop("router_rate", None)
+    return given if scale is None else {**given, "router_learning_rate": scale * (rate or 0.0)}
+
+
 Rows = Mapping[str, Mapping[str, str]]  # by digest
 
 
@@ -248,7 +267,10 @@ def _cell(part: str, task: Task, method: str, seed: int, rate: float | None, mod
     steps = round(task.steps * STEPS_OF.get(method, 1))
     watched = (part, task.name, seed) == ("main", "instruction_induction", 0) and method in WATCHED
     checkpoints = CHECKPOINTS if watched else 0
-    return Cell(part, task, method, seed, rate, METHODS[method], steps, checkpoints, model=model)
+    split = "dev" if part == "help" else "test"
+    return Cell(
+        part, task, method, seed, rate, METHODS[method], steps, checkpoints, split, model=model
+    )
 
 
 def missing(

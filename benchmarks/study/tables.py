@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.common import rows_of, table
 from benchmarks.study.plan import (
     GRID,
+    HELP,
     TASKS,
     Cell,
     best_rate,
@@ -64,7 +65,8 @@ def theorem1_section() -> str:
 def study_section(rows: Mapping[str, Row]) -> str:
     """Everything that comes from the study's rows."""
     cells = [cell for cell in wanted(rows, guess=0.0) if cell.part != "search"]
-    found = found_rows(cells, rows)
+    found = found_rows((cell for cell in cells if cell.split == "test"), rows)
+    helped = found_rows((cell for cell in cells if cell.part == "help"), rows)
     done = sum(cell.digest in rows for cell in cells)
     lines = [
         f"{done} of {len(cells)} cells are run (without the search). {_where(rows)}",
@@ -81,6 +83,8 @@ def study_section(rows: Mapping[str, Row]) -> str:
     lines += ["**Selections**", "", *comparison(found, II, SELECTIONS, "remix")]
     lines += ["**ω**: 2/√(k r) (remix), 2/(k r)", ""]
     lines += comparison(found, II, ("remix", "remix_lora_type"), "remix")
+    lines += ["**What may help**, by the loss on held-out training data of trec", ""]
+    lines += comparison(helped, "trec", ("remix", *HELP), "remix")
     lines += ["**Weights** under top-k after training, instruction_induction", "", *_weights(found)]
     return "\n".join(lines) + "\n"
 
@@ -119,7 +123,7 @@ def paired(ours: Mapping[int, Row], reference: Mapping[int, Row]) -> str:
 
 def comparison(found: Found, task: str, methods: Sequence[str], reference: str) -> list[str]:
     """Methods beside each other on one task."""
-    head = ["method", "activated", "tokens", "s", "learning rate", "loss", f"− {reference}"]
+    head = ["method", "activated", "tokens", "learning rate", "loss", f"− {reference}"]
     body = []
     for method in methods:
         seeds = found.get((task, method), {})
@@ -129,7 +133,6 @@ def comparison(found: Found, task: str, methods: Sequence[str], reference: str) 
                 method,
                 _short(first, "activated_parameters"),
                 _short(first, "tokens"),
-                _short(first, "train_seconds"),
                 (first["learning_rate"] or "—") if first else NOT_RUN,
                 spread([loss_of(row) for row in seeds.values()]),
                 "" if method == reference else paired(seeds, found.get((task, reference), {})),

@@ -24,6 +24,7 @@ from benchmarks.study.plan import (
     missing,
     next_rates,
     rate_source,
+    train_options,
     wanted,
 )
 from benchmarks.study.rows import COLUMNS, add_row, read_rows
@@ -79,7 +80,10 @@ def test_cells_have_names_of_their_own_and_valid_methods():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_options_are_those_of_remix_train(method):
-    resolve_config(None, METHODS[method])  # which refuses what a method does not have
+    # Which refuses what a method does not have.
+    config = resolve_config(None, train_options(METHODS[method], 1e-3))
+    if method == "remix_router10":
+        assert config.router_learning_rate == pytest.approx(1e-2)
 
 
 def test_search_goes_outward_while_the_best_is_outermost():

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.study import scoring
-from benchmarks.study.cell import run_cell
+from benchmarks.study.cell import run_cell, train, train_one_lora
 from benchmarks.study.data import Item, write_splits
-from benchmarks.study.plan import METHODS, TASKS, Cell
+from benchmarks.study.plan import METHODS, POOL, TASKS, Cell
 from benchmarks.study.rows import read_rows
 from benchmarks.study.run import run_study
 from remix_cli.answers import answer
 from remix_model import ReMixConfig
+from remix_model.from_lora import from_lora_adapters
 from tests.benchmarks.study_fakes import write_trec
 from tests.remix_cli.helpers import make_model
 
@@ -53,6 +56,28 @@ def test_a_cell_from_end_to_end(model_folder, tmp_path):
     assert float(row["train_loss"]) > 0
     left = {path.name for path in (tmp_path / "cells" / cell.name).iterdir()}
     assert left == {"spec.json", "log.txt", "row.json", "metrics.json"}
+
+
+def test_experts_that_begin_as_copies_of_a_lora(model_folder, tmp_path):
+    write_trec(tmp_path / "sets")
+    data = write_splits("trec", tmp_path / "sets", tmp_path)
+    options = METHODS["remix_copies"] | {"copied_steps": 3}
+    cell = Cell("help", TINY, "x", 0, 1e-2, options, 5, split="dev", model=str(model_folder))
+    lora = train_one_lora(cell, tmp_path / "lora", data, 3)
+    assert json.loads((lora / "adapter_config.json").read_text())["lora_alpha"] == 2.0 / K
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    ids = torch.randint(1, 200, (2, 12))
+    before = base(ids).logits
+    alone = PeftModel.from_pretrained(copy.deepcopy(base), lora)
+    for module in alone.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(K)
+    expected = alone.eval()(ids).logits
+    assert not torch.allclose(expected, before, atol=1e-3)
+    copied = from_lora_adapters(base, [lora] * POOL["num_experts"], ReMixConfig(**POOL)).eval()
+    torch.testing.assert_close(copied(ids).logits, expected)
+    metrics = train(cell, tmp_path / "run", data)
+    assert metrics["train_steps"] == 2 and metrics["config"]["from_lora"] == [str(lora)] * 8
 
 
 def test_the_base_model_and_a_run_that_breaks_down(model_folder, tmp_path, monkeypatch):

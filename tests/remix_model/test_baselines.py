@@ -237,7 +237,11 @@ def test_a_loss_that_is_not_finite_is_named(make_model, tmp_path):
         ("lora", {"r": 10**9}, "adapter_model.safetensors|which needs to be"),
         ("lora", {"r": -1}, "r"),
         ("lora", {"target_modules": ["q_proj"]}, "tensors missing"),
-        ("prompt", {"num_virtual_tokens": 10**9}, r"as \[5, 64\], which needs to be \[1000000000, 64\]"),
+        (
+            "prompt",
+            {"num_virtual_tokens": 10**9},
+            r"as \[5, 64\], which needs to be \[1000000000, 64\]",
+        ),
         ("vblora", {"num_vectors": 10**9}, "which needs to be"),
         ("xlora", {"adapters": {"0": "/nowhere", "1": "/nowhere"}}, "holds no adapter_config"),
         ("xlora", {"xlora_depth": 10**9}, "do not belong together"),
