@@ -109,7 +109,7 @@ def test_commands_and_flags_in_prose_exist(page: Path) -> None:
     for command in re.findall(r"`remix ([a-z]+)\b[^`]*`", prose):
         assert command in commands, f"{name_of(page)} speaks of remix {command}"
     flags = {flag for parser in commands.values() for flag in parser._option_string_actions}
-    for path in (ROOT / "benchmarks").glob("*.py"):
+    for path in (ROOT / "benchmarks").rglob("*.py"):
         flags |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text()))
     for flag in re.findall(r"`(?:remix [a-z]+ )?(--[\w-]+)", prose):
         assert flag in flags, f"{name_of(page)} speaks of {flag}"
