@@ -60,8 +60,10 @@ class LearnedSite(RoutingSite):
             self.check_whose()
             self.replayed = True
             state = self.replaying or self.last[training]
-            forced = self.last_forced[training]
-            prompt = self._prompt(state) if state is not None else self.last_prompt[training]
+            forced, prompt = self.last_forced[training], self.last_prompt[training]
+            if state is not None:  # its own, whatever ran since
+                saved = [i for i in state.drawn_at(self) if self._is_of(i, x, state)]
+                forced, prompt = self._only(saved) if saved else None, self._prompt(state)
         else:
             self.replaying = None
             state = self.last[training] = self.state

@@ -343,7 +343,7 @@ class RoutingState:
     def note(self, site: RoutingSite, selection: Selection) -> None:
         """A site has drawn. `selection` holds what its score needs."""
         self._logit_sums.setdefault(site.name, selection.logits.sum())
-        if site.router.learned:  # nothing was drawn
+        if site.router.learned and site.forced is None:  # nothing was drawn
             return
         stream = self.streams[id(site)]
         self.selections.setdefault(stream, []).append(selection.drawn)

@@ -189,6 +189,30 @@ def test_forced_experts_are_recomputed(
     assert_same(grads[3], grads[1], 1e-9)
 
 
+@pytest.mark.parametrize("checkpointed", ["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("second", [[2, 3], None], ids=["forced", "free"])
+def test_each_loss_has_its_own_forced_experts(
+    second, checkpointed, make_remix, make_batch, checkpointing, take_grads, assert_same
+):
+    """Recomputed after another context, which forced other experts or none."""
+    grads = []
+    for kind in ("off", checkpointed):
+        model = checkpointing(make_remix(router_type="mixlora"), kind)
+        forced, names = [], find_sites(model)
+        for seed, experts in enumerate(([0, 1], second)):
+            selections = {name: torch.tensor(experts) for name in names if experts is not None}
+            with (
+                sample_routing(model, num_selections=1, seed=seed) as routing,
+                force_selection(model, selections),
+            ):
+                losses, mask = token_losses(model, routing.expand(make_batch()))
+                forced.append(routing.loss(losses, mask))
+        for loss in forced:
+            loss.backward()
+        grads.append(take_grads(model))
+    assert_same(grads[1], grads[0], 1e-9)
+
+
 @pytest.mark.parametrize("checkpointed", ["off", "reentrant", "non-reentrant"])
 def test_a_random_draw_outside_sampling_is_repeated(
     checkpointed, make_remix, make_batch, checkpointing, take_grads, assert_same
