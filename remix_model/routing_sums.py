@@ -57,8 +57,11 @@ def measure(
             found["tasks"] = tasks.mT @ taken
     found["first"] = _count(chosen[..., 0], one, logits.shape[-1])
     if weights is not None:
-        share = weights / weights.sum(-1, keepdim=True)
-        values += [1.0 / share.square().sum(-1), torch.special.entr(share).sum(-1).exp()]
+        size = weights.abs()  # a router of one's own may give any numbers
+        share = size / size.sum(-1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
+        some = share.amax(-1) > 0  # else no expert acts: 0
+        found_ess = (1.0 / share.square().sum(-1), torch.special.entr(share).sum(-1).exp())
+        values += [ess.where(some, 0.0) for ess in found_ess]
         bins = (share * WEIGHT_BINS).long().clamp_(0, WEIGHT_BINS - 1)
         every = _count(bins.flatten(1), one.repeat_interleave(bins.shape[-1]), WEIGHT_BINS)
         found["histogram"] = torch.stack((every, _count(bins.amax(-1), one, WEIGHT_BINS)), 1)

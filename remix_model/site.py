@@ -162,10 +162,11 @@ class RoutingSite(Replayed):
             ValueError: x has another width, or does not fit the folded batch or a forced index.
             RuntimeError: Recomputed, and it cannot be told which pass this repeats.
         """
-        if router is not None and x.shape[-1] != router.shape[-1]:
+        wanted = None if router is None else self.router.parameter_shape(x.shape[-1])
+        if router is not None and (wanted is None or tuple(wanted) != tuple(router.shape)):
             raise ValueError(
-                f"{self.name or 'a routed layer'} got x {list(x.shape)}; it takes [..., "
-                f"{router.shape[-1]}]"
+                f"{self.name or 'a routed layer'} got x {list(x.shape)}, of another width than its "
+                f"router's parameter, {list(router.shape)}, was made for"
             )
         if self.detached:
             x = x.detach()

@@ -79,9 +79,14 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         check_stored(config, (shared, r, self.in_features), (n, self.out_features, r))
         weight_shape = router.parameter_shape(self.in_features)
         if weight_shape is not None:
-            # Those that follow another linear's router lose theirs at once, and it is in no file.
-            follows = config.router_sharing == "block"
-            check_stored(config, (*weight_shape[:-1], None if follows else weight_shape[-1]))
+            known: tuple[int | None, ...] = tuple(weight_shape)
+            if config.router_sharing == "block":
+                # Those that follow another linear's router, of another width perhaps, lose theirs
+                # at once, and it is in no file.
+                others = router.parameter_shape(2 * self.in_features) or ()
+                pairs = zip(weight_shape, others, strict=True)
+                known = tuple(size if size == other else None for size, other in pairs)
+            check_stored(config, known)
         self.r[adapter_name], self.num_experts[adapter_name] = r, n
         self.top_k[adapter_name] = router.top_k
         self.scaling[adapter_name] = routing_scaling(

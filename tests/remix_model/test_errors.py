@@ -377,10 +377,10 @@ def test_forced_selection_of_any_integer_type(bad, layer):
 
 def test_features_that_do_not_fit(layer):
     """Named inside a context, which is where names are known."""
-    with pytest.raises(ValueError, match=r"a routed layer got x \[2, 6\]; it takes \[\.\.\., 5\]"):
+    with pytest.raises(ValueError, match=r"a routed layer got x \[2, 6\], of another width.*, 5\]"):
         layer(torch.ones(2, 6))
     model = nn.ModuleDict({"ffn": layer})
-    with sampling(model), pytest.raises(ValueError, match=r"ffn got x \[2, 6\]; it takes"):
+    with sampling(model), pytest.raises(ValueError, match=r"ffn got x \[2, 6\], of another"):
         layer(torch.ones(2, 6))
 
 

@@ -379,6 +379,58 @@ def test_generation_reads_its_cache(kind, make_llama, make_remix, make_batch):
     for base, rows in ((None, 2), (make_llama(dtype=torch.float32), 1)):
         model = make_remix(base, **router_of(kind, ALL[kind])).eval()
         prompt = make_batch()["input_ids"][:rows, :6]
+SHAPES = {
+    "vector": lambda self, in_features: (self.num_experts,),
+    "bias": lambda self, in_features: [self.num_experts, in_features + 1],
+    "transposed": lambda self, in_features: (in_features, self.num_experts),
+}
+SCORES = {
+    "vector": lambda self, x, weight: weight.expand(*x.shape[:-1], -1),
+    "bias": lambda self, x, weight: F.linear(x, weight[:, :-1], weight[:, -1]),
+    "transposed": lambda self, x, weight: x @ weight,
+}
+
+
+@pytest.mark.parametrize("sharing", ["module", "block"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_parameter_may_have_any_shape(
+    name, sharing, make_llama, make_remix, make_batch, tmp_path, monkeypatch
+):
+    kind = type(name, (Router,), {"parameter_shape": SHAPES[name], "logits": SCORES[name]})
+    monkeypatch.setitem(ROUTERS, name, kind)
+    kind.name = name
+    model = make_remix(router_type=name, router_sharing=sharing).train()
+    model(**make_batch()).loss.backward()
+    assert all(float(p.grad.norm()) > 0 for n, p in model.named_parameters() if "router" in n)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make_llama(), tmp_path).eval()
+    assert torch.equal(again(**make_batch()).logits, model.eval()(**make_batch()).logits)
+
+
+def test_effective_sizes_of_weights_of_any_sign(make_remix, make_batch, monkeypatch):
+    """(|w|_1 / |w|_2)^2 of each token; 0 where no expert acts."""
+    seen = []
+
+    class Gates(Router):
+        name = "gates"
+
+        def weights(self, logits, top_k_index):
+            gates = logits.gather(-1, top_k_index.long()).clamp(max=0.5) - 0.3
+            gates[..., :2, :] = 0.0
+            seen.append(gates.detach())
+            return gates
+
+    monkeypatch.setitem(ROUTERS, "gates", Gates)
+    model = make_remix(router_type="gates", layers_to_transform=[0], target_modules=["up_proj"])
+    with record_routing(model) as recorder, torch.no_grad():
+        model(input_ids=make_batch()["input_ids"])
+    (layer,), (gates,) = recorder.stats().layers, seen
+    assert bool((gates < 0).any())
+    ess = (gates.abs().sum(-1) / gates.norm(dim=-1)).square().nan_to_num(0.0)
+    assert layer.ess == pytest.approx(float(ess.mean()), rel=1e-5)
+    assert layer.ess_min == 0.0 and 0.0 < layer.ess_exp < 2.0
+
+
         with torch.no_grad():
             whole = model(prompt).logits
             cache = model(prompt[:, :5], use_cache=True).past_key_values
