@@ -81,6 +81,18 @@ def _routed_arguments(config: RunConfig) -> ReMixTrainingArguments:
             f"num_selections={config.num_selections}: training the routers compares at least 2 "
             f"sampled selections of each example"
         )
+    kept = config.grad_selections or config.num_selections
+    if drawn_for and not router.linear and kept < config.num_selections:
+        raise ValueError(
+            f"grad_selections={kept}: the gradient of routers of type {router.name!r} needs a "
+            "graph of every selection; leave it out"
+        )
+    if router.learned and (config.temperature != 1.0 or config.temperature_end not in (None, 1.0)):
+        raise ValueError(
+            f"temperature={config.temperature}, temperature_end={config.temperature_end}: routers "
+            f"of type {router.name!r} weigh their experts and nothing is drawn; leave them out "
+            "(router_temperature is the weights')"
+        )
     ours = (
         "num_selections",
         "grad_selections",

@@ -49,6 +49,10 @@ class LearnedSite(RoutingSite):
         """There is no policy."""
         return False
 
+    def _temperature(self, state: RoutingState | None) -> float:
+        """Never the sampled policy's: weights are the same in training as after it."""
+        return self.temperature
+
     def _select_compiled(self, x: Tensor, router: Tensor | None, training: bool) -> Selection:
         if self.per_sequence or self.state is not None or self.records:
             return self._select_eagerly(x, router, training)

@@ -118,11 +118,12 @@ def sample_routing(
             f"num_selections={num_selections}, but the router of {trained} is trained: RLOO's "
             "baseline needs num_selections >= 2 (or freeze the routers with requires_grad_(False))"
         )
-    if num_selections > 1 and all(site.router.learned for site in sites.values()):
-        raise ValueError(
-            f"num_selections={num_selections}, but the routers weigh their experts "
-            f"({next(iter(sites.values())).router.name}) and nothing is drawn: use 1"
-        )
+    for name, value in (("num_selections", num_selections), ("temperature", temperature)):
+        if value != 1 and all(site.router.learned for site in sites.values()):
+            raise ValueError(
+                f"{name}={value}, but the routers weigh their experts "
+                f"({next(iter(sites.values())).router.name}) and nothing is drawn: use 1"
+            )
     if (grad_selections or num_selections) < num_selections:
         _check_forward_only(sites, f"grad_selections={grad_selections} of {num_selections}")
     group = SelectionGroup(selection_group, num_selections, grad_selections)

@@ -89,6 +89,13 @@ class ReMixTrainerMixin(CheckedSteps):
                 "their experts and nothing is drawn, so there are no selections to share; leave "
                 "it at 1"
             )
+        for name in ("remix_temperature", "remix_temperature_end"):
+            value = getattr(given, name)
+            if self._learned and value not in (None, 1.0):
+                raise ValueError(
+                    f"{name}={value}: the routers weigh their experts and nothing is drawn; leave "
+                    "it out (router_temperature is the weights')"
+                )
         if self.is_deepspeed_enabled and given.remix_selection_chunk_size is not None:
             raise ValueError(
                 f"remix_selection_chunk_size={given.remix_selection_chunk_size}: DeepSpeed runs "

@@ -189,6 +189,11 @@ def _lora(workspace: Path, folder: Path) -> None:
         (["--method", "prompt", "--num-virtual-tokens", "63"], "leaves no room in the model's 64"),
         (["--method", "prompt", "--num-virtual-tokens", "60"], "and the model takes 4"),
         (["--method", "ia3", "--target-modules", "all-linear"], "(IA)3 takes names"),
+        (
+            ["--method", "mor", "--router-kwargs", "{train: rloo}", "--grad-selections", "1"],
+            "routers of type 'mor' needs a graph of every selection",
+        ),
+        (["--method", "mor", "--temperature", "2"], "type 'mor' weigh their experts and nothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -254,6 +254,22 @@ def test_load_balancing_is_its_formula(
     assert_same(take_grads(model), want, 1e-6)
 
 
+def test_a_policys_temperature_is_no_business_of_weights(
+    make_remix, make_batch, make_trainer, sampled_loss
+):
+    """Beside a policy, which is drawn at 4, the weights stay those of inference."""
+    model, batch = make_remix(router_type="hydralora"), make_batch()
+    model.add_adapter("drawn", ReMixConfig(num_experts=4, top_k=2, r=2))  # B is zero
+    model.base_model.set_adapter(["default", "drawn"])
+    with torch.no_grad():
+        loss, _ = sampled_loss(model, batch, num_selections=2, temperature=4.0)
+        want = model.eval()(**batch).loss
+    torch.testing.assert_close(loss.to(want), want, rtol=1e-5, atol=0)
+    for name in ("remix_temperature", "remix_temperature_end"):
+        with pytest.raises(ValueError, match=f"{name}=3.0: the routers weigh"):
+            make_trainer(make_remix(router_type="mixlora"), ReMixTrainer, **{name: 3.0})
+
+
 def test_load_balancing_comes_with_mixlora(make_remix, make_batch, sampled_loss, take_grads):
     def grads(**kwargs):
         model = make_remix(router_type="mixlora", router_kwargs=kwargs).train()
@@ -363,22 +379,6 @@ def test_nothing_is_made_by_a_number_of_the_file(
         PeftModel.from_pretrained(make_llama(), tmp_path)
 
 
-def test_a_shared_a_is_stored_and_counted_once(make_remix):
-    model = make_remix(router_type="hydralora", num_experts=5)
-    layer = next(m for m in model.modules() if hasattr(m, "remix_lora_A"))
-    assert layer.remix_lora_A["default"].shape == (1, 2, 32)
-    sizes = [(32, 48), (32, 48), (48, 32)] * 2
-    assert model.base_model.activated_parameters() == sum(
-        2 * a + 5 * 2 * b + 5 * a for a, b in sizes
-    )
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "mor_rloo"])
-def test_generation_reads_its_cache(kind, make_llama, make_remix, make_batch):
-    """Also of one row in fp32, which may decode the short way."""
-    for base, rows in ((None, 2), (make_llama(dtype=torch.float32), 1)):
-        model = make_remix(base, **router_of(kind, ALL[kind])).eval()
-        prompt = make_batch()["input_ids"][:rows, :6]
 SHAPES = {
     "vector": lambda self, in_features: (self.num_experts,),
     "bias": lambda self, in_features: [self.num_experts, in_features + 1],
@@ -431,6 +431,22 @@ def test_effective_sizes_of_weights_of_any_sign(make_remix, make_batch, monkeypa
     assert layer.ess_min == 0.0 and 0.0 < layer.ess_exp < 2.0
 
 
+def test_a_shared_a_is_stored_and_counted_once(make_remix):
+    model = make_remix(router_type="hydralora", num_experts=5)
+    layer = next(m for m in model.modules() if hasattr(m, "remix_lora_A"))
+    assert layer.remix_lora_A["default"].shape == (1, 2, 32)
+    sizes = [(32, 48), (32, 48), (48, 32)] * 2
+    assert model.base_model.activated_parameters() == sum(
+        2 * a + 5 * 2 * b + 5 * a for a, b in sizes
+    )
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mor_rloo"])
+def test_generation_reads_its_cache(kind, make_llama, make_remix, make_batch):
+    """Also of one row in fp32, which may decode the short way."""
+    for base, rows in ((None, 2), (make_llama(dtype=torch.float32), 1)):
+        model = make_remix(base, **router_of(kind, ALL[kind])).eval()
+        prompt = make_batch()["input_ids"][:rows, :6]
         with torch.no_grad():
             whole = model(prompt).logits
             cache = model(prompt[:, :5], use_cache=True).past_key_values
@@ -537,6 +553,8 @@ def test_wrong_options_are_named(fields, message):
 def test_wrong_uses_are_named(make_remix, make_batch, sampled_loss):
     with pytest.raises(ValueError, match="num_selections=2, but the routers weigh"):
         sampled_loss(make_remix(router_type="mixlora"), make_batch(), num_selections=2)
+    with pytest.raises(ValueError, match=r"temperature=2\.0, but the routers weigh"):
+        sampled_loss(make_remix(router_type="mor"), make_batch(), num_selections=1, temperature=2.0)
     with pytest.raises(ValueError, match=r"grad_selections=1 of 2.*'mor', which is no linear"):
         policy = make_remix(router_type="mor", router_kwargs={"train": "rloo"})
         sampled_loss(policy, make_batch(), num_selections=2, grad_selections=1)
