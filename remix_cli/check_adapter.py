@@ -56,6 +56,7 @@ def check_adapter(place: str, overrides: Mapping[str, Any]) -> None:
         f"Adapter: {folder}",
         [
             ("base model", config.model),
+            ("method", adapter.router_type),
             ("mixture", f"n={adapter.num_experts}, k={adapter.top_k}, r={adapter.r}"),
             ("adapted linears", f"{len(linears)} ({', '.join(kinds)})"),
             ("tensors", len(shapes)),

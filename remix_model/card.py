@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from remix_model.routers import Router, make_router
 from remix_model.stats import RoutingStats, recorded_stats
 from remix_model.tuner.config import ReMixConfig
 
@@ -14,9 +15,8 @@ _BEGIN, _END = "<!-- remix -->", "<!-- /remix -->"
 CARD_HEADING = "## Loading this adapter"
 _USAGE = """{heading}
 
-This is a [ReMix](https://arxiv.org/abs/2603.10160) adapter: a mixture of LoRAs with a
-trained router. Import `remix_model` first, which teaches PEFT the method; without it loading
-fails with `KeyError: 'REMIX'`.
+{what} Import `remix_model` first, which teaches PEFT the method; without it loading
+fails with `KeyError: 'REMIX'`.{own}
 
 ```python
 import remix_model  # registers "REMIX" with PEFT
@@ -25,9 +25,18 @@ from peft import {auto}
 model = {auto}.from_pretrained("path/or/hub-id/of/this/adapter")
 ```
 
-It cannot be merged into its base: which LoRAs apply depends on the token. `remix export` writes a
-plain LoRA of fixed ones for tools that know nothing of ReMix.
+It cannot be merged into its base: which LoRAs apply depends on the token. {export}
 """
+_REMIX = """This is a [ReMix](https://arxiv.org/abs/2603.10160) adapter: a mixture of LoRAs with a
+trained router."""
+_OTHER = """This is a mixture of LoRAs of router type `{kind}`, made with
+[ReMix](https://arxiv.org/abs/2603.10160)'s engine."""
+_OWN = """ The type `{kind}` is none of its own: import the
+module that registers it (`remix_model.register_router`) before loading, too."""
+_EXPORT = """`remix export` writes a
+plain LoRA of fixed ones for tools that know nothing of ReMix."""
+_NO_EXPORT = """So do their
+weights, so `remix export` has no plain LoRA for it."""
 
 
 _PEFT_USAGE = """{heading}
@@ -99,7 +108,23 @@ def write_model_card(
 def _usage(configs: Mapping[str, ReMixConfig]) -> str:
     kinds = {"SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}
     kind = str(getattr(next(iter(configs.values())).task_type, "value", "")) or "CAUSAL_LM"
-    return _USAGE.format(heading=CARD_HEADING, auto=kinds.get(kind, "AutoPeftModelForCausalLM"))
+    auto = kinds.get(kind, "AutoPeftModelForCausalLM")
+    routers = [_router(config) for config in configs.values()]
+    others = [router for router in routers if router.name != "remix"]
+    own = [
+        router.name for router in others if not type(router).__module__.startswith("remix_model.")
+    ]
+    return _USAGE.format(
+        heading=CARD_HEADING,
+        auto=auto,
+        what=_OTHER.format(kind=others[0].name) if others else _REMIX,
+        own=_OWN.format(kind=own[0]) if own else "",
+        export=_NO_EXPORT if all(router.learned for router in routers) else _EXPORT,
+    )
+
+
+def _router(config: ReMixConfig) -> Router:
+    return make_router(config.router_type, config.num_experts, config.top_k, config.router_kwargs)
 
 
 def _peft_usage(model: Any) -> str:
@@ -116,10 +141,19 @@ def _mixture(configs: Mapping[str, ReMixConfig]) -> str:
         lines.append(
             f"- {adapter}every {config.routing_granularity} takes {config.top_k} of "
             f"{config.num_experts} LoRAs of rank {config.r} (lora_alpha {config.lora_alpha:g}, "
-            f"{'rsLoRA' if config.use_rslora else 'LoRA'} scaling), one router a "
-            f"{'linear' if config.router_sharing == 'module' else 'block'}; adapted: `{targets}`"
+            f"{'rsLoRA' if config.use_rslora else 'LoRA'} scaling), {_routers(config)}; adapted: "
+            f"`{targets}`"
         )
     return "\n".join(lines) + "\n"
+
+
+def _routers(config: ReMixConfig) -> str:
+    place = "linear" if config.router_sharing == "module" else "block"
+    router = _router(config)
+    if router.random:
+        return f"drawn at random for every {place}"
+    kind = "" if router.name == "remix" else f" of type `{router.name}`"
+    return f"one router{kind} a {place}"
 
 
 def _stats(model: Any) -> RoutingStats:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from peft import PeftModel
 
-from remix_model import ReMixConfig, record_routing
+from remix_model import ReMixConfig, Router, record_routing
 from remix_model.card import CARD_HEADING, write_model_card
+from remix_model.routers import ROUTERS
 
 
 def card_of(folder):
@@ -80,3 +82,22 @@ def test_several_adapters_and_other_methods(make_llama, make_remix, tmp_path):
     model.base_model.disable_adapter_layers()
     model.save_pretrained(tmp_path / "disabled")
     assert isinstance(model, PeftModel)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("remix", ["with a\ntrained router", "one router a linear", "`remix export` writes"]),
+        ("uniform", ["router type `uniform`", "drawn at random for", "`remix export` writes"]),
+        ("mixlora", ["type `mixlora`", "one router of type `mixlora` a linear", "has no plain"]),
+        ("mixlora_block", ["one router of type `mixlora_block` a block", "has no plain LoRA"]),
+        ("mine", ["module that registers it", "one router of type `mine` a linear"]),
+    ],
+)
+def test_a_card_says_what_chooses(kind, says, make_llama, make_remix, tmp_path, monkeypatch):
+    monkeypatch.setitem(ROUTERS, "mine", type("Mine", (Router,), {"name": "mine"}))
+    make_remix(make_llama(), router_type=kind).save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert [text for text in says if text not in card] == []
+    assert ("module that registers it" in card) == (kind == "mine")
+    assert ("trained router" in card) == (kind == "remix")
