@@ -6,6 +6,7 @@ are those of `ReMixConfig`, of PEFT's configurations and of transformers' `Train
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -355,13 +356,20 @@ def methods_with(name: str) -> str:
     return ", ".join(method for method in known if has_option(method, name))
 
 
+def is_registered(router_type: Any) -> bool:
+    """Return whether a router is one of the user's, registered in this process."""
+    routers: Any = sys.modules.get("remix_model.routers")  # help needs no torch
+    return routers is not None and isinstance(router_type, str) and router_type in routers.ROUTERS
+
+
 def settle_method(method: str, router_type: str) -> str:
     """Return the method of a run: the mixtures are told apart by method or by router_type.
 
     Raises:
         ValueError: The method is unknown, or the two name different mixtures.
     """
-    if method not in (*ROUTED_METHODS, *PEFT_METHODS, router_type):
+    known = method in (*ROUTED_METHODS, *PEFT_METHODS, router_type)
+    if not known and not is_registered(method):
         raise ValueError(one_of("method", method, (*ROUTED_METHODS, *PEFT_METHODS)))
     if method in PEFT_METHODS or router_type in ("remix", method):
         return method
@@ -381,6 +389,8 @@ def check_value(key: str, value: Any) -> Any:
     Raises:
         ValueError: It is of another type, too small, or not one of the field's choices.
     """
+    if key == "router_type" and is_registered(value):
+        return value
     return convert(
         key, value, option_types(key), optional=is_optional(key), limits=FIELDS[key].metadata
     )

@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from remix_cli.arguments import training_arguments
 from remix_cli.config import RunConfig, build_config, has_option, option_fields, read_yaml
 from remix_cli.display import console
-from remix_cli.options import PEFT_METHODS
+from remix_cli.options import PEFT_METHODS, ROUTED_METHODS, is_registered
 from remix_cli.run_folder import CONFIG_FILE, check_output_dir, checkpoint_to_resume, is_run
 from remix_kernels._dispatch import resolve_backend
 from remix_model.baselines import baseline_config, check_targets
@@ -306,13 +306,19 @@ def adapter_config(folder: Path, overrides: Mapping[str, Any]) -> RunConfig:
 
     An adapter that no run wrote has only its base model's name.
     """
+    method = method_of(folder)
+    if method not in (*ROUTED_METHODS, *PEFT_METHODS) and not is_registered(method):
+        raise ValueError(
+            f"{folder} is a mixture of router type {method!r}, which is registered nowhere in this "
+            "process: see docs/routers.md on commands with a router of your own"
+        )
     base: dict[str, Any] = {}
     for place in (folder, folder.parent):  # a run's folder, or a checkpoint in it
         if is_run(place):
             base = read_yaml(place / CONFIG_FILE)
             base.pop("trust_remote_code", None)  # a folder must not decide that code is run
             break
-    base["method"] = method_of(folder)  # the weights are that, whatever a run's file says
+    base["method"] = method  # the weights are that, whatever a run's file says
     if "model" not in base and "model" not in overrides:
         name = read_config(folder / CONFIG_NAME).get("base_model_name_or_path")
         if not name:

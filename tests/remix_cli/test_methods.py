@@ -209,3 +209,30 @@ def test_a_method_that_does_not_fit_leaves_no_trace(
     code = run(workspace, command, *argv, "--output-dir", str(tmp_path / "run"))
     assert message in fails(capsys, code)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_router_of_ones_own(
+    workspace: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Registered in the process, it is a method like any other; else every command says so."""
+    from remix_model.routers import ROUTERS, Router
+
+    monkeypatch.setitem(ROUTERS, "mine", type("Mine", (Router,), {"name": "mine"}))
+    folder, adapter = tmp_path / "run", ["--adapter", str(tmp_path / "run")]
+    assert run(workspace, "train", "--method", "mine", *SHORT, "--output-dir", str(folder)) == 0
+    assert metrics_of(folder)["method"] == "mine"
+    assert metrics_of(folder)["eval_loss_after"] < metrics_of(folder)["eval_loss_before"]
+    answer = ["generate", *adapter, "--prompt", "1 + 1", "--max-new-tokens", "2"]
+    commands = (["eval", *adapter], answer, ["validate", *adapter])
+    for command in commands:
+        assert main(command) == 0
+    capsys.readouterr()
+    monkeypatch.delitem(ROUTERS, "mine")
+    for command in commands:
+        said = fails(capsys, main(command))
+        assert "mine" in said and "register" in said
+    code = run(workspace, "train", "--method", "mine", *SHORT, "--output-dir", str(tmp_path / "x"))
+    assert "method must be one of remix, " in fails(capsys, code)
