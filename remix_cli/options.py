@@ -18,6 +18,8 @@ from remix_cli.values import convert, one_of
 ROUTED = "routed"  # stands for every method below that is a mixture, and for routers of the user's
 ROUTED_METHODS = ("remix", "uniform", "mixlora", "mixlora_block", "hydralora", "mor")
 DRAWN = "drawn"  # for those of them whose experts may be drawn
+TRAINED = "trained"  # whose routers are trained
+POLICY = "policy"  # both
 _LEARNED = ("mixlora", "mixlora_block", "hydralora")
 _LORAS = ("lora", "rslora", "dora")
 _LOW_RANK = (*_LORAS, "vblora")
@@ -47,6 +49,8 @@ def _option(
 
 _routed = partial(_option, methods=(ROUTED,))
 _drawn = partial(_option, methods=(DRAWN,))
+_trained = partial(_option, methods=(TRAINED,))
+_policy = partial(_option, methods=(POLICY,))
 
 
 @dataclass
@@ -150,8 +154,8 @@ class RunConfig:
     router_sharing: str = _routed(
         "module", "method", "one router a linear, or a feed-forward block", ("module", "block")
     )
-    router_init_range: float = _routed(0.02, "method", "standard deviation of the router's start")
-    router_temperature: float = _routed(1.0, "method", "divides the router's logits")
+    router_init_range: float = _trained(0.02, "method", "standard deviation of the router's start")
+    router_temperature: float = _trained(1.0, "method", "divides the router's logits")
     from_lora: Sequence[str] | None = _routed(
         None, "method", "folders of n trained LoRAs that the experts start as; default: afresh"
     )
@@ -208,13 +212,13 @@ class RunConfig:
     selection_parallel: int = _drawn(
         1, "training", "neighbouring ranks that share the selections of a batch", minimum=1
     )
-    credit: str = _drawn(
+    credit: str = _policy(
         "causal",
         "training",
         "losses a choice answers for: those after it, or all of its sequence (the paper's)",
         ("causal", "sequence"),
     )
-    log_prob: str = _drawn(
+    log_prob: str = _policy(
         "unordered",
         "training",
         "of a selection: of the set, or of the draw (the paper's)",
@@ -224,27 +228,27 @@ class RunConfig:
         "all", "training", "positions that are sampled", ("all", "response")
     )
     learning_rate: float = _option(5e-4, "training", "of the LoRAs, at its peak", minimum=0)
-    router_learning_rate: float | None = _routed(
+    router_learning_rate: float | None = _trained(
         None, "training", "of the routers; default: learning_rate", minimum=0
     )
-    router_wait: int = _routed(0, "training", "steps before the routers' first update", minimum=0)
+    router_wait: int = _trained(0, "training", "steps before the routers' first update", minimum=0)
     expert_rate_scale: float = _routed(
         1.0, "training", "times learning_rate: the rate of the experts", minimum=0
     )
-    advantage_norm: str = _drawn(
+    advantage_norm: str = _policy(
         "none",
         "training",
         "divides advantages by their spread, of an input or the batch; biased",
         ("none", "input", "batch"),
     )
-    router_entropy_coef: float = _routed(
+    router_entropy_coef: float = _trained(
         0.0, "training", "bonus for undecided routers; biased", minimum=0
     )
-    load_balancing_coef: float = _routed(
+    load_balancing_coef: float = _trained(
         0.0, "training", "pull towards even use of experts; biased", minimum=0
     )
-    temperature: float = _drawn(1.0, "training", "of the sampled policy, at the first step")
-    temperature_end: float | None = _drawn(
+    temperature: float = _policy(1.0, "training", "of the sampled policy, at the first step")
+    temperature_end: float | None = _policy(
         None, "training", "the same at the last step, linear in between; default: no schedule"
     )
     num_train_epochs: float = _option(1.0, "training", "passes over the training data", minimum=0)
@@ -273,7 +277,7 @@ class RunConfig:
     warmup_ratio: float = _option(0.1, "training", "share of the steps that warm up", minimum=0)
     weight_decay: float = _option(0.0, "training", "as in AdamW", minimum=0)
     max_grad_norm: float = _option(1.0, "training", "clips the LoRAs' gradient", minimum=0)
-    router_max_grad_norm: float | None = _routed(
+    router_max_grad_norm: float | None = _trained(
         None, "training", "clips the routers' gradient", minimum=0
     )
     gradient_checkpointing: bool = _option(
@@ -347,7 +351,9 @@ def has_option(method: str, name: str) -> bool:
     methods = FIELDS[name].metadata["methods"]
     if methods is None or method in PEFT_METHODS:
         return methods is None or method in methods
-    return ROUTED in methods or (DRAWN in methods and method not in _LEARNED)
+    drawn, trained = method not in _LEARNED, method != "uniform"
+    kinds = {ROUTED: True, DRAWN: drawn, TRAINED: trained, POLICY: drawn and trained}
+    return any(kinds.get(kind, False) for kind in methods)
 
 
 def methods_with(name: str) -> str:

@@ -67,6 +67,12 @@ def test_one_word_switches(
         ({"method": "lora", "use_rslora": True}, "", "method=lora has no option use_rslora"),
         ({"method": "prefix", "gradient_checkpointing": True}, "", "no option gradient_checkp"),
         ({"method": "ia3", "lora_alpha": 2.0}, "", "or choose remix, .*, mor, lora, rslora, dora$"),
+        (
+            {"method": "uniform", "router_learning_rate": 0.1},
+            "",
+            "choose remix, mixlora, mix.*, mor$",
+        ),
+        ({"method": "uniform", "credit": "causal"}, "", "no option credit: .* choose remix, mor$"),
         ({"rank": 8}, "", "method=remix has no option rank: .* choose lora, rslora, dora, vblora"),
         ({}, "method: lora\ncredit: causal", r"c\.yaml: method=lora has no option credit"),
         ({"method": "lora"}, "method: lora\ncredit: causal", r"c\.yaml: method=lora has no"),
