@@ -13,7 +13,6 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +95,10 @@ def result(folder: Path) -> Any:
     return kept, weights, (last / "optimizer.pt").stat().st_size, names
 
 
-def moments() -> Iterator[tuple[bool, float]]:
-    """(by the clock or by file events, share of the whole run)."""
-    rng = random.Random(SEED)
-    for kill in range(KILLS):
-        yield kill % 2 == 1, rng.random()
-
-
-@pytest.mark.parametrize("by_clock,share", list(moments()))
-def test_killed_run_ends_bit_equal(
-    runs: Runs, straight: Any, tmp_path: Path, by_clock: bool, share: float
-) -> None:
+@pytest.mark.parametrize("kill", range(KILLS))
+def test_killed_run_ends_bit_equal(runs: Runs, straight: Any, tmp_path: Path, kill: int) -> None:
+    """By file events and by the clock in turns, after some share of the whole run."""
+    by_clock, share = kill % 2 == 1, random.Random(f"{SEED} {kill}").random()
     expected, events, seconds = straight
     folder = tmp_path / "run"
     when = {"kill_after": share * seconds} if by_clock else {"kill_at": 1 + int(share * events)}
