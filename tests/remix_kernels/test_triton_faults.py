@@ -302,6 +302,8 @@ PROBLEMS = {
     "gather": Case(T=3, in_features=70, n=4, k=2, r=5, options=("linear",)),
 }
 PROBLEMS["one_pass"] = Case(T=70, in_features=40, out_features=100, n=4, k=2, r=5)
+# Files that a strategy's imports from.
+PARTS = {"dense": ("triton_products",), "grouped": ("triton_sort",)}
 SHARED_X = Case(T=36, in_features=40, n=8, k=2, r=5, options=("M3",))
 
 
@@ -393,6 +395,12 @@ def check(fault: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
         module = load("faulty_one_pass", "triton_one_pass.py", change, folder)
         patch.setattr("remix_kernels.triton_one_pass", module)
         strategy, change = "dense", lambda source: source
+    for part in PARTS.get(strategy, ()):  # made anew in any case: they may use faulty helpers
+        source = (SOURCES / f"{part}.py").read_text(encoding="utf-8")
+        here = fault.kernel and f"def {fault.kernel}(" in source
+        module = load(f"faulty_{part}", f"{part}.py", change if here else str, folder)
+        patch.setitem(sys.modules, f"remix_kernels.{part}", module)
+        change = str if here else change
     solve_with(load(f"faulty_{strategy}", f"triton_{strategy}.py", change, folder), problem)
 
 
