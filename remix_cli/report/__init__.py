@@ -25,9 +25,14 @@ def run(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     write_text(page, output)
     for name, reason in skipped:
         console.print(f"left out: {name}: {reason}")
-    console.print(f"{len(runs)} runs are in {output} ({len(page.encode()) / 2**10:.0f} KiB)")
+    for shown in runs:
+        if shown.damage:
+            console.print(f"shown in part: {shown.name}: {shown.damage}")
+    count = "1 run is" if len(runs) == 1 else f"{len(runs)} runs are"
+    console.print(f"{count} in {output} ({len(page.encode()) / 2**10:.0f} KiB)")
     if args.png:
         from remix_cli.report.png import write_pngs
 
         written = write_pngs(charts, runs, Path(args.png).expanduser())
-        console.print(f"{len(written)} figures are in {args.png}")
+        figures = "1 figure is" if len(written) == 1 else f"{len(written)} figures are"
+        console.print(f"{figures} in {args.png}")

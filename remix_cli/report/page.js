@@ -19,7 +19,7 @@ function label(parent, x, y, text, anchor) {
 function short(value) {
   const size = Math.abs(value);
   if (value !== 0 && (size >= 1e6 || size < 1e-3)) return value.toExponential(2);
-  return String(Number(value.toPrecision(4)));
+  return String(Number(value.toPrecision(5)));
 }
 
 function ticks(low, high, count) {
@@ -32,22 +32,31 @@ function ticks(low, high, count) {
   return found;
 }
 
+// A tick's label, with the digits that tell it from the next one.
+function tickText(value, step) {
+  const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+  if (value === 0 || (Math.abs(value) < 1e6 && digits < 6)) return String(Number(value.toFixed(digits)));
+  const places = Math.max(0, Math.ceil(Math.log10(Math.abs(value) / step) - 1e-9));
+  return value.toExponential(places).replace(/\.?0+e/, "e");
+}
+
 const runName = (i) => DATA.runs[i].name;
 const runClass = (i) => `run${i % 8}`;
-const dash = (i) => DASHES[Math.floor(i / 8) % 4] || (i % 8 ? DASHES[(i % 8) % 4] : "");
+const dash = (i) => DASHES[(i + Math.floor(i / 8)) % 4]; // no two of 32 are alike
 
 // A chart's frame: axes with round ticks, and the scales from values to pixels.
 function frame(plot, chart, box) {
   const width = Math.max(plot.clientWidth, 200);
   const height = Math.min(340, Math.max(220, width * 0.45));
-  const margin = { left: 52, right: 12, top: chart.y ? 22 : 10, bottom: 40 };
+  const margin = { left: 52, right: 24, top: chart.y ? 22 : 10, bottom: 40 };
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height }, plot);
   const right = width - margin.right, bottom = height - margin.bottom;
   const x = (v) => margin.left + ((v - box.x0) / (box.x1 - box.x0)) * (right - margin.left);
   const y = (v) => bottom - ((v - box.y0) / (box.y1 - box.y0)) * (bottom - margin.top);
-  for (const v of ticks(box.y0, box.y1, height / 55)) {
+  const levels = ticks(box.y0, box.y1, height / 55);
+  for (const v of levels) {
     svg("path", { d: `M${margin.left} ${y(v)}H${right}`, class: "grid" }, picture);
-    label(picture, margin.left - 6, y(v) + 4, short(v), "end");
+    label(picture, margin.left - 6, y(v) + 4, tickText(v, levels[1] - levels[0] || Math.abs(v) || 1), "end");
   }
   for (const v of ticks(box.x0, box.x1, width / 90)) {
     if (box.whole && v % 1) continue;
@@ -72,6 +81,8 @@ function drawLines(plot, chart, data) {
   for (const s of data) {
     const d = s.x.map((v, i) => `${i ? "L" : "M"}${f.x(v).toFixed(1)} ${f.y(s.y[i]).toFixed(1)}`).join("");
     svg("path", { d, class: `curve ${runClass(s.run)}`, "stroke-dasharray": dash(s.run) }, f.picture);
+    if (s.x.length > 1) continue; // a line of one point is invisible
+    svg("circle", { cx: f.x(s.x[0]), cy: f.y(s.y[0]), r: 4, class: `dot ${runClass(s.run)}` }, f.picture);
   }
   const cursor = svg("g", {}, f.picture);
   return {

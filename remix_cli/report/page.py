@@ -20,6 +20,7 @@ import remix_model
 from remix_cli.report.charts import MAX_POINTS, MAX_ROWS, Chart
 from remix_cli.report.runs import Run, number, text
 
+_SAME_START = 0.01  # relative: bfloat16's rounding is less
 # (heading, key of the metrics or of the configuration, digits or None for whole numbers)
 _COLUMNS = [
     ("held-out loss before", "eval_loss_before", 4),
@@ -51,11 +52,11 @@ def page_of(runs: Sequence[Run], skipped: Sequence[tuple[str, str]], charts: lis
         raise ImportError("remix report needs jinja2: pip install 'remix-lora[report]'") from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     style, script = _part("page.css"), _part("page.js")
-    headings, rows = table_of(runs)
+    headings, rows, values = table_of(runs)
     data = {
         "runs": [{"name": run.name, "method": run.method} for run in runs],
         "charts": [asdict(chart) for chart in charts if chart.views],
-        "table": {"headings": headings, "rows": rows},
+        "table": {"headings": headings, "rows": values},
     }
     return environment.from_string(_part("page.html")).render(
         style=style,
@@ -66,6 +67,8 @@ def page_of(runs: Sequence[Run], skipped: Sequence[tuple[str, str]], charts: lis
         runs=runs,
         charts=charts,
         skipped=skipped,
+        damaged=[run for run in runs if run.damage],
+        starts_differ=starts_differ(runs),
         headings=headings,
         rows=rows,
         models=list(dict.fromkeys(run.model for run in runs)),
@@ -77,26 +80,52 @@ def page_of(runs: Sequence[Run], skipped: Sequence[tuple[str, str]], charts: lis
     )
 
 
-def table_of(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a row of texts for each run; columns that no run fills are left out."""
+def starts_differ(runs: Sequence[Run]) -> bool:
+    """Whether runs of one base model begin at different held-out losses, rounding aside."""
+    starts: dict[str, list[float]] = {}
+    for run in runs:
+        before = run.number("eval_loss_before")
+        if before is not None:
+            starts.setdefault(run.model, []).append(before)
+    return any(max(found) - min(found) > _SAME_START * max(found) for found in starts.values())
+
+
+Cells = list[list[str]]
+Values = list[list[str | float]]
+
+
+def table_of(runs: Sequence[Run]) -> tuple[list[str], Cells, Values]:
+    """The table of runs; columns that no run fills are left out.
+
+    Returns:
+        Headings, a row of texts for each run, and the same rows with whole numbers, for CSV.
+    """
     several_models = len({run.model for run in runs}) > 1
     lead = ["run", "method"] + (["base model"] if several_models else [])
-    columns: list[tuple[str, list[str]]] = []
+    columns: list[tuple[str, list[str], list[str | float]]] = []
     for heading, key, digits in _COLUMNS:
         found = [run.number(key) for run in runs]
         values = [
             number(run.config.get(key)) if value is None else value
             for run, value in zip(runs, found, strict=True)
         ]
-        columns.append((heading, [_cell(value, digits) for value in values]))
-    columns.append(("ESS, worst token", [_least_ess(run) for run in runs]))
-    columns.append(("never chosen", [_dead(run) for run in runs]))
-    kept = [(heading, cells) for heading, cells in columns if set(cells) != {"-"}]
-    rows = []
+        plain = ["" if value is None else _whole(value) for value in values]
+        columns.append((heading, [_cell(value, digits) for value in values], plain))
+    for heading, measure in (("ESS, worst token", _least_ess), ("never chosen", _dead)):
+        texts = [measure(run) for run in runs]
+        columns.append((heading, texts, ["" if cell == "-" else cell for cell in texts]))
+    kept = [column for column in columns if set(column[1]) != {"-"}]
+    cells, plain_rows = [], []
     for i, run in enumerate(runs):
         first = [run.name, run.method] + ([run.model] if several_models else [])
-        rows.append(first + [cells[i] for _, cells in kept])
-    return lead + [heading for heading, _ in kept], rows
+        cells.append(first + [texts[i] for _, texts, _ in kept])
+        plain_rows.append([*first, *(plain[i] for _, _, plain in kept)])
+    return lead + [heading for heading, _, _ in kept], cells, plain_rows
+
+
+def _whole(value: float) -> float:
+    """A number that JSON writes without a point where it has no fraction."""
+    return int(value) if value.is_integer() else value
 
 
 def _cell(value: float | None, digits: int | None) -> str:

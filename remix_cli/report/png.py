@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from remix_cli.report.runs import Run
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5b3fa8", "#000000"]
 _DASHES = ["-", "--", ":", "-."]
 _DPI = 200
+_ACROSS, _UP = 54, 30  # letters that fit beside and above each other
 
 
 def write_pngs(charts: Sequence[Chart], runs: Sequence[Run], folder: Path) -> list[Path]:
@@ -46,9 +48,11 @@ def write_pngs(charts: Sequence[Chart], runs: Sequence[Run], folder: Path) -> li
 def _lines(axes: Any, chart: Chart, view: View, runs: Sequence[Run]) -> None:
     for curve in view.data:
         i = curve["run"]
-        axes.plot(curve["x"], curve["y"], **_style(i), label=_plain(runs[i].name), lw=1.5)
-    axes.set(xlabel=chart.x, ylabel=chart.y or view.label)
-    axes.set_title(f"{chart.title}: {_plain(view.label)}", fontsize=9)
+        mark = "" if len(curve["x"]) > 1 else "o"  # a line of one point is invisible
+        style = {**_style(i), "marker": mark, "lw": 1.5}
+        axes.plot(curve["x"], curve["y"], label=_plain(runs[i].name), **style)
+    axes.set(xlabel=chart.x, ylabel=textwrap.fill(chart.y or view.label, _UP))
+    _title(axes, chart, view)
     axes.legend(fontsize=8, frameon=False)
 
 
@@ -61,7 +65,7 @@ def _bars(axes: Any, chart: Chart, view: View, runs: Sequence[Run]) -> None:
         label = _plain(runs[i].name)
         axes.bar(places, bars["y"], width, color=COLOURS[i % len(COLOURS)], label=label)
     axes.set(xlabel=chart.x, ylabel=chart.y)
-    axes.set_title(f"{chart.title}: {view.label}", fontsize=9)
+    _title(axes, chart, view)
     axes.legend(fontsize=8, frameon=False)
 
 
@@ -73,15 +77,23 @@ def _heat(axes: Any, chart: Chart, view: View, runs: Sequence[Run]) -> None:
     axes.set_yticks(range(0, len(rows), every), [_plain(name) for name in rows[::every]])
     axes.tick_params(labelsize=6)
     axes.set(xlabel=chart.x)
-    axes.set_title(f"{chart.title}: {_plain(view.label)}", fontsize=9)
+    _title(axes, chart, view)
     axes.figure.colorbar(image)
 
 
 _DRAW = {"lines": _lines, "bars": _bars, "heat": _heat}
 
 
+def _title(axes: Any, chart: Chart, view: View) -> None:
+    """Over the axes, in lines that fit the figure."""
+    title = textwrap.fill(f"{chart.title}: {_plain(view.label)}", _ACROSS)
+    axes.set_title(title, fontsize=9)
+
+
 def _style(run: int) -> dict[str, Any]:
-    return {"color": COLOURS[run % len(COLOURS)], "ls": _DASHES[run % len(_DASHES)]}
+    """No two of 32 runs are alike."""
+    turn = run + run // len(COLOURS)
+    return {"color": COLOURS[run % len(COLOURS)], "ls": _DASHES[turn % len(_DASHES)]}
 
 
 def _plain(name: str) -> str:

@@ -38,6 +38,7 @@ class Run:
     layers: list[str] = field(default_factory=list)
     series: list[dict[str, Any]] = field(default_factory=list)  # of routing.jsonl, by step
     held_out: list[dict[str, Any]] = field(default_factory=list)  # RoutingStats, layer by layer
+    damage: str = ""  # what of it cannot be shown, and why
 
     def number(self, name: str) -> float | None:
         """A number of the metrics."""
@@ -123,6 +124,7 @@ def read_run(folder: Path, name: str) -> Run:
     )
     if (folder / ROUTING_FILE).is_file():
         _read_routing(folder / ROUTING_FILE, run)
+    run.damage = _damage(folder / ROUTING_FILE, run)
     return run
 
 
@@ -201,6 +203,20 @@ def _read_routing(path: Path, run: Run) -> None:
             run.series.append(line)
     run.layers = layers
     run.series = [line for line in run.series if len(line["ess"]) == len(layers)]
+
+
+def _damage(path: Path, run: Run) -> str:
+    """What is not there of what the routers did, as a sentence; empty for nothing."""
+    recorded = run.metrics.get("routing")
+    layers = recorded.get("layers") if isinstance(recorded, dict) else None
+    if not isinstance(layers, list):
+        return ""  # no routers, or no held-out data
+    if not path.is_file():
+        return f"there is no {path.name}, which says what its routers did"
+    logged = {step for step, _ in run.loss} - {float(line["step"]) for line in run.series}
+    if logged or len(run.held_out) < len(layers):
+        return f"lines of {path.name}, which says what its routers did, are missing or damaged"
+    return ""
 
 
 def _fits(line: dict[str, Any], layers: int) -> bool:

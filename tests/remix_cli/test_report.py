@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import shutil
@@ -16,8 +18,8 @@ from PIL import Image
 from remix_cli import main
 from remix_cli.report.charts import MAX_POINTS, Chart, charts_of, thin
 from remix_cli.report.page import page_of, table_of
-from remix_cli.report.png import write_pngs
-from remix_cli.report.runs import Run, read_runs
+from remix_cli.report.png import COLOURS, _style, write_pngs
+from remix_cli.report.runs import MAX_RUNS, Run, read_runs
 from tests.remix_cli.chromium import Chromium, find_chromium
 from tests.remix_cli.helpers import cut, fails
 
@@ -81,11 +83,14 @@ def test_charts_hold_what_the_run_did(make_run: MakeRun) -> None:
     assert by_task["values"] == [pytest.approx([0.4, 0.8, 1.2, 1.6]), [1.0] * 4]
     lift = found["pairs"].views[0].data["values"]
     assert lift[0] == pytest.approx([1, 0.3 / 0.36, 0, 0], rel=1e-3)
-    headings, (row,) = table_of([run])
+    headings, (row,), (values,) = table_of([run])
     cells = dict(zip(headings, row, strict=True))
     assert cells["held-out loss"] == f"{metrics['eval_loss_after']:.4g}"
     assert (cells["n"], cells["k"], cells["ESS, worst token"]) == ("4", "2", "2")
     assert cells["never chosen"] == "12 of 24"
+    plain = dict(zip(headings, values, strict=True))
+    assert plain["held-out loss"] == metrics["eval_loss_after"]
+    assert (plain["n"], plain["trainable"]) == (4, metrics["trainable_parameters"])
 
 
 def test_runs_without_routers_have_losses_only(make_run: MakeRun) -> None:
@@ -141,12 +146,38 @@ def test_broken_runs_are_left_out_and_said(
     page = tmp_path / "new" / "report.html"
     argv = ["report", *map(str, (good, half, torn, empty)), "--output", str(page)]
     assert main(argv) == 0
-    text = page.read_text()
+    text, said = page.read_text(), " ".join(capsys.readouterr().out.split())
+    assert f"1 run is in {page}" in said
     for name, reason in (("half", "not finished"), ("torn", "cannot be read"), ("empty", "no st")):
         assert f"<strong>{name}</strong>: " in text
         assert reason in text
-    capsys.readouterr()
+        assert re.search(f"left out: {name}: .*{reason}", said)
+    assert "<strong>good</strong>: lines of routing.jsonl" in text
+    assert "shown in part: good: lines of routing.jsonl" in said
     assert "no run can be shown (half: not" in fails(capsys, main(["report", str(half)]))
+
+
+@pytest.mark.parametrize("kept", [None, [], [0, 1, 2], [0, 1, 3, 4, 5]], ids=str)
+def test_lost_routing_is_said(make_run: MakeRun, kept: list[int] | None) -> None:
+    good, torn = make_run("good"), make_run("torn")
+    routing = torn / "routing.jsonl"
+    if kept is None:
+        routing.unlink()
+    else:
+        lines = routing.open().readlines()
+        assert len(lines) == 6  # layers, four logs, held-out data
+        routing.write_text("".join(lines[i] for i in kept))
+    runs, _ = charts(good, torn)
+    assert runs[0].damage == ""
+    assert "routing.jsonl, which says what its routers did" in runs[1].damage
+
+
+def test_runs_that_were_scored_on_other_data_are_said(make_run: MakeRun) -> None:
+    one, other = make_run("one"), make_run("other", eval_loss_before=1.0)
+    runs, found = charts(one, other)
+    assert "have different held-out losses" in page_of(runs, [], list(found.values()))
+    runs, found = charts(one)
+    assert "have different held-out losses" not in page_of(runs * 2, [], list(found.values()))
 
 
 @pytest.mark.parametrize(
@@ -208,6 +239,23 @@ def test_pngs(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert len(image.convert("RGB").getcolors(2**24)) > 10  # something is drawn
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_log_entry_is_a_point(make_run: MakeRun, tmp_path: Path, count: int) -> None:
+    """Where nothing is drawn, only the legend has the curve's colour."""
+    entries = [{"step": step, "loss": 2.0} for step in range(count)]
+    runs, found = charts(make_run("run", loss_history=entries))
+    training = replace(found["loss"], views=found["loss"].views[1:])
+    (path,) = write_pngs([training], runs, tmp_path)
+    with Image.open(path) as image:
+        picture = image.convert("RGB").crop((0, image.height // 3, *image.size))
+    colour = tuple(bytes.fromhex(COLOURS[0][1:]))
+    assert colour in [found for _, found in picture.getcolors(2**24)]
+
+
+def test_curves_of_24_runs_differ() -> None:
+    assert len({tuple(_style(run).values()) for run in range(MAX_RUNS)}) == MAX_RUNS
+
+
 # In a browser -------------------------------------------------------------------------------------
 
 
@@ -226,10 +274,12 @@ def page(make_run: MakeRun, tmp_path: Path) -> Path:
     """Three runs, one of them hostile, and one that is broken."""
     histogram = [6, 3, *[0] * 15, 2, 9, 0]
     remix = make_run("remix", layer={"task_share": {"add": [0.25] * 4, HOSTILE: [0.25] * 4}})
-    mixlora = make_run("mixlora", layer={"weight_histogram": histogram}, method="mixlora")
+    history = [{"step": 4, "eval_loss": 3.25}, {"step": 8, "eval_loss": 2.5}]
+    losses = {"eval_loss_before": 4.0, "eval_loss_after": 2.5, "eval_history": history}
+    mixlora = make_run("mixlora", {"weight_histogram": histogram}, method="mixlora", **losses)
     config = {"dataset": HOSTILE, "num_experts": HOSTILE, "seed": 10**400}
     hostile = make_run(HOSTILE.replace("/", "")[:60], method=HOSTILE, config=config)
-    half = make_run("half")
+    half = make_run("half" + "w" * 90)  # longer than a phone is wide
     (half / "metrics.json").unlink()
     path = tmp_path / "report.html"
     folders = map(str, (remix, mixlora, hostile, half))
@@ -255,6 +305,51 @@ def test_page_is_quiet_and_fits(browser: Chromium, page: Path, width: int, schem
     assert browser.run("[document.scripts.length, document.images.length]") == [2, 0]
     assert "onerror=alert(1)" in browser.run("document.body.innerText")
     assert "{{ 7 * 7 }}" in browser.run("document.body.innerText")
+
+
+CONTRAST = """(() => {
+    const share = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    const light = (css) => {
+        const [r, g, b] = css.match(/[\\d.]+/g).map((v) => share(Number(v)));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+    };
+    const paper = light(getComputedStyle(document.body).backgroundColor);
+    return (selector, colour) => Math.min(...[...document.querySelectorAll(selector)].map((e) => {
+        const own = light(getComputedStyle(e)[colour]);
+        return Math.max(own, paper) / Math.min(own, paper);
+    }));
+})()"""
+VARIABLES = """[...document.styleSheets[0].cssRules[0].style].map(
+    (name) => getComputedStyle(document.documentElement).getPropertyValue(name))"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_stands_out_from_the_paper(browser: Chromium, page: Path, scheme: str) -> None:
+    """Contrast as WCAG 2 asks for: 4.5 for text, 3 for curves."""
+    browser.open(page, 800, scheme=scheme)
+    assert browser.run(f"{CONTRAST}('.plot text', 'fill')") >= 4.5
+    assert browser.run(f"{CONTRAST}('h2, td, th, figcaption, .legend li, button', 'color')") >= 4.5
+    assert browser.run(f"{CONTRAST}('.curve', 'stroke')") >= 3
+
+
+def test_dark_mode_has_every_colour(browser: Chromium, page: Path) -> None:
+    found = []
+    for scheme in ("light", "dark"):
+        browser.open(page, 800, scheme=scheme)
+        found.append(browser.run(VARIABLES))
+    assert len(found[0]) == len(found[1]) == 15
+    assert [a for a, b in zip(*found, strict=True) if a == b] == []
+
+
+def test_axes_and_curves_can_be_told_apart(browser: Chromium, page: Path) -> None:
+    browser.open(page, 800)
+    steps = [5e-7, 2e-5, 5e-4, 0.1, 2, 500, 1e5, 2e6]
+    for start in (0, 0.003, 5.58, 1234, 3e6):
+        for step in steps:
+            ticks = f"[0, 1, 2, 3].map((i) => tickText({start} + i * {step}, {step}))"
+            assert len(set(browser.run(ticks))) == 4, (start, step)
+    styles = "new Set(Array.from({length: 24}, (_, i) => `${runClass(i)} ${dash(i)}`)).size"
+    assert browser.run(styles) == 24
 
 
 def test_every_picture_is_named_and_every_view_draws(browser: Chromium, page: Path) -> None:
@@ -289,6 +384,15 @@ def tip(browser: Chromium, figure: str) -> str | None:
 def test_hovering_and_keys_say_the_values(browser: Chromium, page: Path) -> None:
     browser.open(page, 360)
     assert tip(browser, "ess") is None
+    middle(browser, "loss", 0.98, 0.5)
+    before, after = browser.run("DATA.charts[0].views[0].data[0].y").copy()
+    assert tip(browser, "loss").splitlines()[:3] == [
+        "step 8", f"remix: {after:g}", "mixlora: 2.5"
+    ]  # fmt: skip
+    middle(browser, "loss", 0.55, 0.5)
+    assert tip(browser, "loss") == "step 4\nmixlora: 3.25"  # the others were not scored there
+    middle(browser, "loss", 0.16, 0.5)
+    assert tip(browser, "loss").startswith(f"step 0\nremix: {before:g}\nmixlora: 4")
     middle(browser, "ess", 0.95, 0.5)
     assert tip(browser, "ess").startswith("step 8\nremix: 2\nmixlora: 2")
     middle(browser, "weights", 0.58, 0.5)
@@ -304,6 +408,16 @@ def test_hovering_and_keys_say_the_values(browser: Chromium, page: Path) -> None
     assert tip(browser, "tasks").startswith("</script>")
     said = browser.run("document.getElementById('said').textContent")
     assert said.endswith("expert 1: 1")
+    assert said.startswith("</script>")
+
+
+def plotted(chart: Chart) -> list[float]:
+    """All values of a chart, view by view."""
+    data = [view.data for view in chart.views]
+    if chart.kind == "heat":
+        return [value for view in data for row in view["values"] for value in row]
+    series = [s for view in data for s in (view["series"] if chart.kind == "bars" else view)]
+    return [value for s in series for value in s["y"]]
 
 
 def test_data_can_be_downloaded(browser: Chromium, page: Path, tmp_path: Path) -> None:
@@ -314,8 +428,44 @@ def test_data_can_be_downloaded(browser: Chromium, page: Path, tmp_path: Path) -
     assert lines[0] == "view,run,x,y"
     assert lines[1] == '"worst token, last layer",remix,2,2'
     assert len(lines) == 1 + 3 * 3 * 4
-    assert browser.run("csv('table')").startswith("run,method,held-out loss before")
+    runs, _ = read_runs(sorted(folder for folder in page.parent.glob("*") if folder.is_dir()))
+    names = browser.run("DATA.runs.map((run) => run.name)")
+    runs.sort(key=lambda run: names.index(run.name))
+    for chart in charts_of(runs):
+        lines = list(csv.reader(io.StringIO(browser.run(f"csv('{chart.id}')"))))
+        assert [line[-1] for line in lines[1:]] == [f"{v:g}" for v in plotted(chart)], chart.id
+        assert {line[0] for line in lines[1:]} >= {view.label for view in chart.views[:1]}
+    headings, *rows = csv.reader(io.StringIO(browser.run("csv('table')")))
+    assert headings[:3] == ["run", "method", "held-out loss before"]
+    cells = dict(zip(headings, rows[0], strict=True))
+    assert float(cells["held-out loss"]) == runs[0].metrics["eval_loss_after"]
+    assert int(cells["trainable"]) == runs[0].metrics["trainable_parameters"]
+    assert dict(zip(headings, rows[2], strict=True))["n"] == ""  # a text, and so none
     assert browser.run("['=1+1', '-5', '-x', 'a,b', -5].map(csvCell).join(';')") == (
         "'=1+1;-5;'-x;\"a,b\";-5"
     )
     assert browser.complaints() == []
+
+
+def test_a_single_point_and_the_last_tick_are_seen(
+    browser: Chromium, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run("run")
+    metrics = json.loads((run / "metrics.json").read_text())
+    entry = metrics["loss_history"][0]
+    metrics |= {"eval_loss_before": None, "eval_loss_after": None, "eval_history": []}
+    (run / "metrics.json").write_text(json.dumps({**metrics, "loss_history": [entry]}))
+    long = make_run("long", loss_history=[{**entry, "step": step} for step in (0, 100_000)])
+    for folder in (run, long):
+        assert main(["report", str(folder), "--output", str(tmp_path / "r.html")]) == 0
+        browser.open(tmp_path / "r.html", 390)
+        browser.run(
+            "document.querySelectorAll('#loss select').forEach(s => {"
+            "s.value = 1; s.dispatchEvent(new Event('change')); })"
+        )
+        points = browser.run("document.querySelectorAll('#loss circle').length")
+        assert points == (1 if folder == run else 0)
+        assert browser.run("""[...document.querySelectorAll('#loss svg text')].every((t) => {
+            const own = t.getBoundingClientRect(), all = t.ownerSVGElement.getBoundingClientRect();
+            return own.left >= all.left - 0.5 && own.right <= all.right + 0.5;
+        })""")
