@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -120,7 +121,16 @@ def train(cell: Cell, run: Path, data: Path) -> dict[str, Any]:
         options |= {"from_lora": [str(lora)] * POOL["num_experts"], "seed": cell.seed + 1000}
         options["max_steps"] -= copied
     train.run(argparse.Namespace(config=None), options)
-    return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    if copied:
+        first = json.loads((lora / "metrics.json").read_text(encoding="utf-8"))
+        shutil.rmtree(lora)
+        metrics["train_seconds"] += first["train_seconds"]
+        for entry in metrics["loss_history"]:  # goes on where the LoRA's ends
+            entry["step"] += copied
+            entry["num_input_tokens_seen"] += tokens_seen(first)
+        metrics["loss_history"] = first["loss_history"] + metrics["loss_history"]
+    return metrics
 
 
 def train_one_lora(cell: Cell, folder: Path, data: Path, steps: int) -> Path:
@@ -148,10 +158,15 @@ def trained(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{key: metrics[key] for key in keys if key in metrics},
         "train_seconds": metrics["train_seconds"],
-        "tokens": max(int(entry.get("num_input_tokens_seen", 0)) for entry in entries),
+        "tokens": tokens_seen(metrics),
         "train_loss": f"{statistics.mean(last):.4f}",
         "train_losses": json.dumps([[e["step"], round(e["loss"], 4)] for e in entries]),
     }
+
+
+def tokens_seen(metrics: Mapping[str, Any]) -> int:
+    """Tokens of all examples that a run was given, without padding."""
+    return max(int(entry.get("num_input_tokens_seen", 0)) for entry in metrics["loss_history"])
 
 
 def scored(cell: Cell, run: Path, data: Path) -> dict[str, Any]:

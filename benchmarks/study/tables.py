@@ -115,7 +115,7 @@ def paired(ours: Mapping[int, Row], reference: Mapping[int, Row]) -> str:
     """Mean ± standard error of the difference in loss, seed by seed."""
     seeds = sorted(set(ours) & set(reference))
     differences = [loss_of(ours[seed]) - loss_of(reference[seed]) for seed in seeds]
-    if any(map(math.isnan, differences)):  # both diverged
+    if not all(map(math.isfinite, differences)):  # one of the two diverged, or both
         return "diverged"
     text = spread(differences)
     return f"+{text}" if differences and statistics.mean(differences) > 0 else text
@@ -127,16 +127,19 @@ def comparison(found: Found, task: str, methods: Sequence[str], reference: str) 
     body = []
     for method in methods:
         seeds = found.get((task, method), {})
-        first = next(iter(seeds.values()), None)
+        rows = list(seeds.values())
+        whole = [row for row in rows if math.isfinite(loss_of(row))]
+        first = next(iter(whole or rows), None)
+        right = [float(row["accuracy"]) for row in whole if row["accuracy"]]
         body.append(
             [
                 method,
                 _short(first, "activated_parameters"),
                 _short(first, "tokens"),
                 (first["learning_rate"] or "—") if first else NOT_RUN,
-                spread([loss_of(row) for row in seeds.values()]),
+                spread([loss_of(row) for row in rows]),
                 "" if method == reference else paired(seeds, found.get((task, reference), {})),
-                spread([float(row["accuracy"]) for row in seeds.values() if row["accuracy"]]),
+                "diverged" if len(whole) < len(rows) else spread(right),  # not of the survivors
             ]
         )
     return table([*head, "accuracy"], body)
@@ -183,6 +186,9 @@ def _routings(found: Found) -> list[str]:
         for method in DRAWING:
             if (task, method) in found:
                 rows = list(found[task, method].values())
+                if not all(math.isfinite(loss_of(row)) for row in rows):
+                    body.append([task, method, *["diverged"] * (len(columns) + 1)])
+                    continue
                 whole = [row for row in rows if row["loss_sampled"]]
                 values = [[float(row[column]) for row in whole] for column in columns]
                 gaps = [b - a for a, b in zip(values[0], values[1], strict=True)]

@@ -194,6 +194,21 @@ def test_means_errors_and_pairs():
     assert tables.paired(ours, reference) == "-0.400 ± 0.100"
     assert tables.paired(reference, ours) == "+0.400 ± 0.100"
     assert tables.paired(ours, {}) == tables.NOT_RUN
+    broken = {0: {"loss": ""}, 1: {"loss": "1.0"}}
+    for pair in ((broken, reference), (reference, broken), (broken, broken)):
+        assert tables.paired(*pair) == "diverged"
+
+
+def test_a_seed_that_diverged_is_not_left_out_of_a_mean():
+    blank = dict.fromkeys(COLUMNS, "")
+    broken = blank | {"status": "diverged", "learning_rate": "0.1"}
+    whole = broken | {"loss": "1.0", "accuracy": "0.9", "tokens": "500"}
+    found = {("trec", "remix"): {0: broken, 1: whole}, ("trec", "lora"): {1: whole}}
+    text = tables.comparison(found, "trec", ["remix", "lora"], "lora")
+    assert text[2] == "| remix | — | 500 | 0.1 | diverged | 0.000 (one seed) | diverged |"
+    assert "| 0.900 (one seed) |" in text[3]
+    line = tables._routings(found)[2]
+    assert line.count("diverged") == 5
 
 
 def test_tables_read_rows():

@@ -78,6 +78,10 @@ def test_experts_that_begin_as_copies_of_a_lora(model_folder, tmp_path):
     torch.testing.assert_close(copied(ids).logits, expected)
     metrics = train(cell, tmp_path / "run", data)
     assert metrics["train_steps"] == 2 and metrics["config"]["from_lora"] == [str(lora)] * 8
+    assert [entry["step"] for entry in metrics["loss_history"]] == [1, 2, 3, 4, 5]
+    seen = [entry["num_input_tokens_seen"] for entry in metrics["loss_history"]]
+    assert seen == sorted(set(seen))  # of both trainings: the table compares tokens
+    assert not lora.exists()
 
 
 def test_the_base_model_and_a_run_that_breaks_down(model_folder, tmp_path, monkeypatch):
