@@ -113,9 +113,9 @@ class RoutingStats:
         }
         for name in ("ess_min", "policy_ess_min"):
             found[name] = min((getattr(layer, name) for layer in self.layers), default=0.0)
-        found["distinct_subsets"] = (
-            sum(layer.distinct_subsets or 0 for layer in self.layers) / count
-        )
+        subsets = [s.distinct_subsets for s in self.layers if s.distinct_subsets is not None]
+        if subsets:  # not counted beyond 64 experts, which is not none
+            found["distinct_subsets"] = sum(subsets) / len(subsets)
         found["dead_experts"] = float(sum(len(layer.dead_experts) for layer in self.layers))
         return found
 

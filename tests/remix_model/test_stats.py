@@ -319,6 +319,14 @@ def test_distinct_subsets_over_passes_are_exact(n, k):
     assert record.stats().layers[0].distinct_subsets == len(seen)
 
 
+@pytest.mark.parametrize("n,counted", [(64, True), (65, False)])
+def test_subsets_that_are_not_counted_are_not_called_none(n, counted):
+    model = nn.Sequential(RoutedLoRALinear(nn.Linear(4, 4), num_experts=n, top_k=2, r=1))
+    with record_routing(model) as record:
+        model(torch.ones(3, 4))
+    assert record.stats().summary().get("distinct_subsets") == (1 if counted else None)
+
+
 def test_subsets_beyond_the_cap_are_cut_off():
     held = merge_subsets(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[9, 9, 2, 0]]))
     assert sorted(held[0].tolist()) == [0, 2, 9]
