@@ -147,7 +147,7 @@ def test_broken_runs_are_left_out_and_said(
     argv = ["report", *map(str, (good, half, torn, empty)), "--output", str(page)]
     assert main(argv) == 0
     text, said = page.read_text(), " ".join(capsys.readouterr().out.split())
-    assert f"1 run is in {page}" in said
+    assert f"1runisin{page}" in said.replace(" ", "")  # lines end inside the path
     for name, reason in (("half", "not finished"), ("torn", "cannot be read"), ("empty", "no st")):
         assert f"<strong>{name}</strong>: " in text
         assert reason in text
