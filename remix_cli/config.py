@@ -76,8 +76,6 @@ def merge(
         {},
     )
     method, files_own = _method(chosen), _method(in_file)
-    if "rank" in overrides and ("r" in overrides or "top_k" in overrides):
-        raise ValueError("rank, and r or top_k, which it would be the product of: give one of them")
     for name in overrides:
         if not has_option(method, name):
             raise ValueError(_no_option(method, name))
@@ -86,6 +84,8 @@ def merge(
         raise ValueError(f"{place}: {_no_option(method, left_out[0])}")
     unwanted = set(left_out) if chosen is in_file else {*left_out, *names}
     kept = {name: value for name, value in in_file.items() if name not in unwanted}
+    if ("rank" in kept or "rank" in overrides) and ("r" in overrides or "top_k" in overrides):
+        raise ValueError("rank, and r or top_k, which it would be the product of: give one of them")
     return {**kept, **overrides}, left_out
 
 

@@ -264,8 +264,12 @@ def skeleton(
     Raises:
         ValueError: The adapter does not fit the model: nothing to adapt, or not a linear layer.
     """
+    base = base_skeleton(config, model_config, dtype)
+    # PEFT makes a set of names; a text is an expression, and may fit nothing.
+    names = getattr(adapter, "exclude_modules", None)
+    check_targets(base, names if isinstance(names, str) else sorted(names or ()), "exclude_modules")
     with torch.device("meta"):
-        return add_adapter(base_skeleton(config, model_config, dtype), adapter)
+        return add_adapter(base, adapter)
 
 
 def adapter_folder(path: str, *, routed: bool = False) -> Path:

@@ -236,7 +236,7 @@ def activated_parameters(model: Any) -> int:
     return sum(tensor.numel() for tensor in (*adapter_state(model).values(), *experts))
 
 
-def check_targets(base: nn.Module, names: Names) -> None:
+def check_targets(base: nn.Module, names: Names, option: str = "target_modules") -> None:
     """Raise ValueError unless every module that is named is there; PEFT wants only one to be."""
     if names is None or isinstance(names, str):
         return
@@ -245,7 +245,7 @@ def check_targets(base: nn.Module, names: Names) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in there):
             linears = {name.rpartition(".")[2] for name, _ in _linears(base)}
             raise ValueError(
-                f"target_modules names {target!r}, which is not there; the linears of "
+                f"{option} names {target!r}, which is not there; the linears of "
                 f"{type(base).__name__} are named {', '.join(sorted(linears))}"
             )
 

@@ -242,3 +242,21 @@ def test_a_router_of_ones_own(
         assert "mine" in said and "register" in said
     code = run(workspace, "train", "--method", "mine", *SHORT, "--output-dir", str(tmp_path / "x"))
     assert "method must be one of remix, " in fails(capsys, code)
+
+
+@pytest.mark.parametrize("method", ["remix", "lora", "ia3"])
+def test_a_name_to_leave_out_must_be_there(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    argv = ["--method", method, "--exclude-modules", "up_prj", "--output-dir", str(tmp_path / "x")]
+    error = fails(capsys, main(["train", "--config", str(workspace / "c.yaml"), *argv]))
+    assert "exclude_modules names 'up_prj', which is not there" in error
+
+
+def test_a_flag_is_not_lost_beside_a_files_rank(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("method: lora\nrank: 16\n")
+    with pytest.raises(ValueError, match="rank, and r or top_k"):
+        build_config({"r": 4}, file)
+    assert build_config({"rank": 4}, file).rank == 4
+    assert build_config({"method": "remix", "r": 4}, file).r == 4
