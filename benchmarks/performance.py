@@ -25,10 +25,10 @@ def performance_figures() -> str:
     grid = rows_of("grid", "cell", "variant")
     names = {str(cell) for cell in DEFAULT}
     grid = [row for row in grid if row["cell"] in names]
-    steps = rows_of("train_step", "case", "variant")
+    steps, types = train_steps()
     profile = rows_of("profile", "part", "variant", "kind")
     lines = [*origin(grid), *layers(grid), *memory(grid), *dispatch(grid), *grown(grid)]
-    lines += [*whole_steps(steps), *routers(steps), *recording(rows_of("recording", "variant"))]
+    lines += [*whole_steps(steps), *routers(types), *recording(rows_of("recording", "variant"))]
     lines += [*kinds(profile), *imports(rows_of("imports", "what"))]
     gpu = rows_of("gpu", "cell", "variant")
     lines += ["## On a GPU", ""]
@@ -39,6 +39,13 @@ def performance_figures() -> str:
     else:
         lines += [f"{NOTHING.capitalize()}. `make bench-gpu` measures it where there is one.", ""]
     return "\n".join(lines)
+
+
+def train_steps() -> tuple[list[Row], list[Row]]:
+    """Rows of whole steps and generation; and those that compare types of routers."""
+    rows = rows_of("train_step", "case", "variant")
+    types = [row for row in rows if row["case"].startswith("routers")]
+    return [row for row in rows if row not in types], types
 
 
 def origin(rows: list[Row]) -> list[str]:
@@ -154,7 +161,6 @@ def grown(rows: list[Row]) -> list[str]:
 
 def whole_steps(rows: list[Row]) -> list[str]:
     """Training steps and generation."""
-    rows = [row for row in rows if not row["case"].startswith("routers")]
     body = [
         [
             row["case"],
@@ -178,7 +184,6 @@ def whole_steps(rows: list[Row]) -> list[str]:
 
 def routers(rows: list[Row]) -> list[str]:
     """The same step with every type of router."""
-    rows = [row for row in rows if row["case"].startswith("routers")]
     lines = ["### Types of routers", ""]
     if not rows:
         return [*lines, f"{NOTHING.capitalize()} yet.", ""]

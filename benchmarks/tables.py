@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.common import RESULTS, rows_of, table
 from benchmarks.estimators.tables import estimator_figures
-from benchmarks.performance import performance_figures
+from benchmarks.performance import performance_figures, train_steps
 
 README = Path(__file__).parent.parent / "README.md"
 ESTIMATORS = README.parent / "docs" / "estimators.md"
@@ -36,8 +36,7 @@ VARIANTS = {
 def figures() -> str:
     """The section of README, in Markdown."""
     grid = {(row["cell"], row["variant"]): row for row in rows_of("grid", "cell", "variant")}
-    steps = rows_of("train_step", "case", "variant")
-    steps = [row for row in steps if not row["case"].startswith("routers")]
+    steps, _ = train_steps()
     where = steps[-1]
     body = []
     for cell in CELLS:

@@ -60,6 +60,14 @@ TASKS = {
 POOL = {"num_experts": 8, "top_k": 2, "r": 8}
 DRAWN = {**POOL, "num_selections": M}
 PAPER = {"credit": "sequence", "log_prob": "ordered"}
+# What may help, ours: rates of routers and experts apart, routers that wait, copies of a LoRA.
+HELP: dict[str, dict[str, Any]] = {
+    "remix_router10": {**DRAWN, "router_rate": 10.0},
+    "remix_router01": {**DRAWN, "router_rate": 0.1},
+    "remix_experts4": {**DRAWN, "expert_rate_scale": 4.0},  # n / k
+    "remix_wait": {**DRAWN, "router_wait": 24},
+    "remix_copies": {**DRAWN, "copied_steps": 24},
+}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 19},  # 120
     "lora_matched": {"method": "lora", "rank": 19},  # M times the steps
@@ -83,14 +91,8 @@ METHODS: dict[str, dict[str, Any]] = {
     **{f"remix_m{m}": {**DRAWN, "num_selections": m} for m in (4, 8)},
     **{f"remix_m{m}_matched": {**DRAWN, "num_selections": m} for m in (4, 8)},
     "remix_m4_g1": {**DRAWN, "num_selections": 4, "grad_selections": 1},  # a fifth above M = 2
-    # What may help, ours: rates of routers and experts apart, routers that wait, copies of a LoRA.
-    "remix_router10": {**DRAWN, "router_rate": 10.0},
-    "remix_router01": {**DRAWN, "router_rate": 0.1},
-    "remix_experts4": {**DRAWN, "expert_rate_scale": 4.0},  # n / k
-    "remix_wait": {**DRAWN, "router_wait": 24},
-    "remix_copies": {**DRAWN, "copied_steps": 24},
+    **HELP,
 }
-HELP = tuple(METHODS)[-5:]
 # Times the task's steps, so that all of a comparison take the same compute.
 STEPS_OF = {"lora_matched": M, "remix_m4_matched": M / 4, "remix_m8_matched": M / 8}
 # Which method's learning rate these take; every other method has a search of its own.
