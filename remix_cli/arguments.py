@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,13 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         )
     if config.max_steps == -1 and config.num_train_epochs <= 0:
         raise ValueError(f"num_train_epochs={config.num_train_epochs} would train nothing")
+    passes = config.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    if config.train_sampling_strategy == "batch_rebalance" and passes == 1:
+        raise ValueError(
+            f"train_sampling_strategy='batch_rebalance' shares a step's examples among its passes, "
+            f"and there is one: give gradient_accumulation_steps=2 or more and a smaller "
+            f"per_device_train_batch_size than {config.per_device_train_batch_size}"
+        )
     if config.warmup_ratio >= 1:
         raise ValueError(f"warmup_ratio must be a share below 1, got {config.warmup_ratio}")
     if not config.is_routed:
@@ -44,6 +52,7 @@ def _common_arguments(config: RunConfig) -> dict[str, Any]:
         "lr_scheduler_type",
         "weight_decay",
         "max_grad_norm",
+        "train_sampling_strategy",
         "bf16",
         "logging_steps",
         "eval_steps",
@@ -56,7 +65,6 @@ def _common_arguments(config: RunConfig) -> dict[str, Any]:
         output_dir=str(Path(config.output_dir).expanduser()),
         warmup_steps=config.warmup_ratio,  # transformers reads a number below 1 as a share
         eval_strategy="no" if config.eval_steps is None else "steps",
-        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         include_num_input_tokens_seen="non_padding",
         use_cpu=on_cpu,
         report_to="none",

@@ -287,7 +287,12 @@ class RunConfig:
         methods=(ROUTED, *_LOW_RANK, "ia3", "prompt", "ptuning"),
     )
     bf16: bool = _option(False, "training", "mixed precision")
-    group_by_length: bool = _option(False, "training", "batch examples of similar length")
+    train_sampling_strategy: str = _option(
+        "random",
+        "training",
+        "what a pass holds: group_by_length and batch_rebalance (inside a step) save padding",
+        ("random", "group_by_length", "batch_rebalance"),
+    )
     seed: int = _option(
         0,
         "training",

@@ -53,6 +53,14 @@ class CheckedSteps(WholeSaves):
         super().__init__(*args, **kwargs)
         self.loss_is_scaled_for_ga = True
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The parent's; batch_rebalance, too, is shuffled by the run's seed."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if self.args.train_sampling_strategy == "batch_rebalance" and sampler is not None:
+            given = self.args.data_seed
+            sampler.seed = self.args.seed if given is None else given
+        return sampler
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:

@@ -83,6 +83,15 @@ class ReMixTrainerMixin(CheckedSteps):
                 f"remix_num_selections={given.remix_num_selections} with trainable routers: RLOO's "
                 "baseline needs at least 2 (or freeze the routers with requires_grad_(False))"
             )
+        options: Any = given
+        if given.remix_selection_parallel > 1 and (
+            options.train_sampling_strategy == "batch_rebalance"
+        ):
+            raise ValueError(
+                f"remix_selection_parallel={given.remix_selection_parallel} with "
+                "train_sampling_strategy='batch_rebalance', which deals out examples to all ranks: "
+                "use 'group_by_length'"
+            )
         if self._learned and given.remix_selection_parallel > 1:
             raise ValueError(
                 f"remix_selection_parallel={given.remix_selection_parallel}: the routers weigh "
