@@ -101,6 +101,11 @@ def _routed_arguments(config: RunConfig) -> ReMixTrainingArguments:
             f"of type {router.name!r} weigh their experts and nothing is drawn; leave them out "
             "(router_temperature is the weights')"
         )
+    if router.learned and config.dense_start:
+        raise ValueError(
+            f"dense_start={config.dense_start}: routers of type {router.name!r} weigh their "
+            "experts and nothing is drawn; leave it out"
+        )
     ours = (
         "num_selections",
         "grad_selections",
@@ -115,6 +120,7 @@ def _routed_arguments(config: RunConfig) -> ReMixTrainingArguments:
         "temperature",
         "temperature_end",
         "router_learning_rate",
+        "dense_start",
         "router_wait",
         "expert_rate_scale",
         "router_max_grad_norm",

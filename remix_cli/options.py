@@ -231,6 +231,9 @@ class RunConfig:
     router_learning_rate: float | None = _trained(
         None, "training", "of the routers; default: learning_rate", minimum=0
     )
+    dense_start: int = _drawn(
+        0, "training", "steps in which a token's experts fall from all to top_k", minimum=0
+    )
     router_wait: int = _trained(0, "training", "steps before the routers' first update", minimum=0)
     expert_rate_scale: float = _routed(
         1.0, "training", "times learning_rate: the rate of the experts", minimum=0

@@ -55,7 +55,7 @@ class CheckedSteps(WholeSaves):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The parent's; batch_rebalance, too, is shuffled by the run's seed."""
-        sampler = super()._get_train_sampler(train_dataset)
+        sampler: Any = super()._get_train_sampler(train_dataset)
         if self.args.train_sampling_strategy == "batch_rebalance" and sampler is not None:
             given = self.args.data_seed
             sampler.seed = self.args.seed if given is None else given

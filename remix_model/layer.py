@@ -154,8 +154,13 @@ class Pool(NamedTuple):
         return self.site.deliver(y, self.router, selection, training)
 
     def weights(self, selection: Selection) -> Tensor | float:
-        """What the chosen experts are multiplied by: [..., k], or the same for all."""
-        return self.scaling if selection.weights is None else selection.weights * self.scaling
+        """What the chosen experts are multiplied by: [..., k], or the same for all.
+
+        More than k of them (remix_model.dense_start) share what k would have.
+        """
+        if selection.weights is not None:
+            return selection.weights * self.scaling
+        return self.scaling * (self.site.router.top_k / selection.index.shape[-1])
 
     def shape(self, dtype: torch.dtype) -> RoutedShape:
         """What the kernels are compiled for, on x of `dtype`."""

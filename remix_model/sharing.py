@@ -81,7 +81,7 @@ class FollowingSite:
 
     def __init__(self, router: Router, name: str, shared: SharedSelection) -> None:
         """Args are the first linear's router, this one's name, and what it follows."""
-        self.top_k = router.top_k
+        self.router, self.top_k = router, router.top_k
         self.whole_blocks = router.whole_blocks
         self.name = name
         self.shared = shared
@@ -111,7 +111,7 @@ class FollowingSite:
         from copy import deepcopy
 
         copied = object.__new__(FollowingSite)
-        copied.top_k, copied.name = self.top_k, self.name
+        copied.router, copied.top_k, copied.name = self.router, self.top_k, self.name
         copied.whole_blocks = self.whole_blocks
         copied.shared = deepcopy(self.shared, memo)
         return copied

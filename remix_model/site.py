@@ -97,7 +97,7 @@ class RoutingSite(Replayed):
         super().__init__()
         self.router = router
         self.num_experts = router.num_experts
-        self.top_k = router.top_k
+        self.top_k = router.top_k  # more in a dense start
         self.whole_blocks = router.whole_blocks
         self.temperature = temperature
         self.detached = detached

@@ -257,6 +257,10 @@ class RoutingRecorder:
         known = torch.arange(len(self._task_names), device=device)
         return (ids.unsqueeze(1) == known).float()
 
+    def fits(self) -> bool:
+        """Whether the sites take as many experts as when this was made."""
+        return all(site.top_k == self._records[name].top_k for name, site in self._sites.items())
+
     def attach(self) -> None:
         """Start counting at every site."""
         for name, site in self._sites.items():

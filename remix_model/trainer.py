@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from remix_model.adapter_trainer import CheckedSteps, TokenEvaluation
 from remix_model.credit import leave_one_out
+from remix_model.dense_start import DenseStart, take
 from remix_model.losses import token_losses
 from remix_model.options import SamplingOptions
 from remix_model.parallel import (
@@ -51,6 +52,8 @@ class ReMixTrainerMixin(CheckedSteps):
         if self.accelerator.is_fsdp2 and given.remix_selection_chunk_size is not None:
             # Gradients of chunks would be added to those that FSDP2 holds back meanwhile.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        if given.remix_dense_start:
+            self.add_callback(DenseStart(given.remix_dense_start))
         self.routing_log = RoutingLog()
         self.add_callback(self.routing_log)
         self._selection_group: Any = None
@@ -98,6 +101,11 @@ class ReMixTrainerMixin(CheckedSteps):
                 "their experts and nothing is drawn, so there are no selections to share; leave "
                 "it at 1"
             )
+        if self._learned and given.remix_dense_start:
+            raise ValueError(
+                f"remix_dense_start={given.remix_dense_start}: the routers weigh their experts and "
+                "nothing is drawn; leave it out"
+            )
         for name in ("remix_temperature", "remix_temperature_end"):
             value = getattr(given, name)
             if self._learned and value not in (None, 1.0):
@@ -123,7 +131,11 @@ class ReMixTrainerMixin(CheckedSteps):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._start()
-        return super()._inner_training_loop(*args, **kwargs)
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:  # where a step has raised, in the midst of a dense start
+            if self.args.remix_dense_start:  # type: ignore[attr-defined]
+                take(self._module(), step=1, steps=0)
 
     def compute_loss(
         self,
@@ -140,6 +152,8 @@ class ReMixTrainerMixin(CheckedSteps):
         chosen = {"seed": self._selection_seed(), "selection_group": self._selection_group}
         with sample_routing(model, **asdict(options), **chosen) as routing:
             for part in routing.parts(inputs, 1.0 if scaler is None else scaler.get_scale()):
+                if not self._recorder.fits():  # a dense start takes fewer experts than before
+                    self._recorder = RoutingRecorder(self._module())
                 self._recorder.attach()
                 try:
                     losses, mask = token_losses(model, part)

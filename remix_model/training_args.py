@@ -35,6 +35,8 @@ class ReMixArguments:
             for tokens that an expert does not see. Ours, not the paper's.
         remix_router_wait: Steps before the routers' first update, in which the experts part. Then
             they begin with a fresh optimizer state, at the schedule's rate. Ours.
+        remix_dense_start: Steps over which the experts of a token fall from all n to k, each with
+            its share of the same weight (remix_model.dense_start). Ours.
         remix_advantage_norm: As advantage_norm in `sample_routing`. Biased unless "none".
         remix_router_entropy_coef: As in `sample_routing`. Biased unless 0.
         remix_load_balancing_coef: As in `sample_routing`. Biased unless 0.
@@ -75,6 +77,9 @@ class ReMixArguments:
     )
     remix_router_wait: int = field(
         default=0, metadata={"help": "Steps before the routers' first update."}
+    )
+    remix_dense_start: int = field(
+        default=0, metadata={"help": "Steps in which a token's experts fall from n to k."}
     )
     remix_advantage_norm: str = field(
         default="none", metadata={"help": "What advantages are divided by: none, input, batch."}
@@ -119,13 +124,15 @@ class ReMixArguments:
         end = self.remix_temperature_end
         if end is not None and not (isinstance(end, (int, float)) and 0 < end < float("inf")):
             raise ValueError(f"remix_temperature_end={end!r}; it must be a positive number or None")
-        scale, wait = self.remix_expert_rate_scale, self.remix_router_wait
+        scale = self.remix_expert_rate_scale
         if not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
             raise ValueError(
                 f"remix_expert_rate_scale={scale!r}; it must be a number, not negative"
             )
-        if not isinstance(wait, int) or isinstance(wait, bool) or wait < 0:
-            raise ValueError(f"remix_router_wait={wait!r}; it must be a number of steps, 0 or more")
+        for name in ("remix_router_wait", "remix_dense_start"):
+            steps = getattr(self, name)
+            if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+                raise ValueError(f"{name}={steps!r}; it must be a number of steps, 0 or more")
         for name in ("remix_router_learning_rate", "remix_router_max_grad_norm"):
             value = getattr(self, name)
             if value is not None and value < 0:

@@ -62,13 +62,15 @@ TASKS = {
 POOL = {"num_experts": 8, "top_k": 2, "r": 8}
 DRAWN = {**POOL, "num_selections": M}
 PAPER = {"credit": "sequence", "log_prob": "ordered"}
-# What may help, ours: rates of routers and experts apart, routers that wait, copies of a LoRA.
+# What may help, ours: rates of routers and experts apart, routers that wait, copies of a LoRA, a
+# dense start.
 HELP: dict[str, dict[str, Any]] = {
     "remix_router10": {**DRAWN, "router_rate": 10.0},
     "remix_router01": {**DRAWN, "router_rate": 0.1},
     "remix_experts4": {**DRAWN, "expert_rate_scale": 4.0},  # n / k
     "remix_wait": {**DRAWN, "router_wait": 24},
     "remix_copies": {**DRAWN, "copied_steps": 24},
+    "remix_dense": {**DRAWN, "dense_start": 24},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 19},  # 120

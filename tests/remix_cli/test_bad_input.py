@@ -42,6 +42,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
         (["--prompt-template", "{q}"], "line 1 has no field 'q'"),
         (["--eval-size", "36"], "holds out 36 of 36 examples"),
         (["--eval-size", "0", "--eval-steps", "1"], "eval_steps needs held-out data"),
+        (["--train-sampling-strategy", "batch_rebalance"], "give gradient_accumulation_steps=2 or"),
         (["--warmup-ratio", "10"], "warmup_ratio must be a share below 1, got 10.0"),
         (["--max-length", "100"], "max_length=100 is more than the model's limit of 64"),
         (["--max-length", "4"], "tokens long and max_length is 4"),

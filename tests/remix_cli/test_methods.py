@@ -199,6 +199,7 @@ def _lora(workspace: Path, folder: Path) -> None:
             ["--method", "mor", "--router-kwargs", "{train: rloo}", "--grad-selections", "1"],
             "routers of type 'mor' needs a graph of every selection",
         ),
+        (["--method", "mor", "--dense-start", "2"], "type 'mor' weigh their experts and nothing"),
         (["--method", "mor", "--temperature", "2"], "type 'mor' weigh their experts and nothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -88,7 +88,10 @@ def test_top_k_takes_the_largest_logits():
 @pytest.mark.parametrize("num_selections", [2, 3, 4, 5, 6, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_zero_start(num_selections, dtype, take_grads):
-    """B = 0: the base's output bit for bit; advantages and router gradient exactly 0."""
+    """B = 0: the base's output bit for bit; advantages and router gradient exactly 0.
+
+    Some processors round a row by its place in the batch. There selections differ by as much.
+    """
     layer = make_layer(dtype=dtype, init_lora_weights=True)
     assert not layer.lora_B.any()
     assert layer.lora_A.any()
@@ -96,13 +99,17 @@ def test_zero_start(num_selections, dtype, take_grads):
     assert torch.equal(layer.eval()(x), layer.base_layer(x))
     layer.train()
     with sample_routing(layer, num_selections=num_selections, seed=0) as routing:
-        y = layer(routing.expand({"x": x})["x"])
+        folded = routing.expand({"x": x})["x"]
+        y = layer(folded)
         loss = routing.loss(y.square().sum(-1))
-    assert torch.equal(y, torch.cat([layer.base_layer(x)] * num_selections))
-    assert not routing.advantages.any()
+    base = layer.base_layer(folded)
+    assert torch.equal(y, base)
+    first, *others = base.chunk(num_selections)
+    rounding = 0.0 if all(torch.equal(first, other) for other in others) else 1e-6
+    assert float(routing.advantages.abs().max()) <= rounding
     loss.backward()
     grads = take_grads(layer)
-    assert not grads["router"].any()
+    assert float(grads["router"].abs().max()) <= rounding
     assert not grads["lora_A"].any()
     assert grads["lora_B"].any()
 
