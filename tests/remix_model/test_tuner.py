@@ -134,7 +134,7 @@ def test_disabled_adapters_draw_nothing(make_llama, make_remix, make_batch):
         with model.disable_adapter():
             got = logits(model, folded)
     assert not routing.selections
-    assert torch.equal(got[:3], logits(make_llama(), batch))
+    assert torch.equal(got, logits(make_llama(), folded))
 
 
 def test_unload_gives_the_base_back(make_llama, make_remix, make_batch):
