@@ -67,7 +67,8 @@ class ReMixModel(BaseTuner):
         """PEFT's, with errors that say which linears there are.
 
         Raises:
-            ValueError: A name in target_modules is not in the model, or nothing is left to adapt.
+            ValueError: A name in target_modules or a number in layers_to_transform is not in the
+                model, or nothing is left to adapt.
         """
         config: Any = self.peft_config[adapter_name]
         stacked = _stacked_names(model)
@@ -75,6 +76,7 @@ class ReMixModel(BaseTuner):
         if stacked:
             fix += f"; {', '.join(stacked)} hold all experts in one, which ReMix does not adapt"
         self._check_targets(model, config, fix)
+        _check_layers(model, config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -233,6 +235,18 @@ class ReMixModel(BaseTuner):
         refuse_strays(model, remapped, (f".{cls.prefix}", *biases))
         _check_loaded(model, config, remapped, cls.prefix, adapter_name)
         return remapped
+
+
+def _check_layers(model: nn.Module, config: Any) -> None:
+    """Raise ValueError for a number in layers_to_transform that no module's name has."""
+    wanted = config.layers_to_transform
+    numbers = {part for name, _ in model.named_modules() for part in name.split(".")}
+    for number in [wanted] if isinstance(wanted, int) else wanted or ():
+        if str(number) not in numbers:
+            raise ValueError(
+                f"layers_to_transform names layer {number}, and {type(model).__name__} has none "
+                "of that number; the first is 0"
+            )
 
 
 def _share_routers(layers: dict[str, ReMixLayer], adapter_name: str) -> None:

@@ -117,17 +117,27 @@ def test_unknown_architecture_asks_for_targets():
         ({"target_modules": ["ffn_1", "ffn_2"]}, r"names 'ffn_1', which is not there"),
         ({"target_modules": []}, r"leaves nothing to adapt"),
         ({"target_modules": r"ffn_\d"}, r"'target_modules': 'ffn_.*leaves nothing to adapt"),
-        ({"layers_to_transform": [7]}, r"'layers_to_transform': \[7\].*nothing to adapt"),
         (
             {"target_modules": ["up_proj"], "exclude_modules": ["up_proj"]},
             r"'exclude_modules': \{'up_proj'\}.*nothing to adapt",
         ),
     ],
-    ids=["one-unmatched", "all-unmatched", "empty", "regex", "layer-7", "all-excluded"],
+    ids=["one-unmatched", "all-unmatched", "empty", "regex", "all-excluded"],
 )
 def test_targets_that_are_not_there(options, message, make_llama):
     with pytest.raises(ValueError, match=f"{message}.*{LINEARS}"):
         get_peft_model(make_llama(), ReMixConfig(**options))
+
+
+@pytest.mark.parametrize("layers", [[7], [0, 2], 2], ids=str)
+def test_layers_that_are_not_there(layers, make_llama):
+    """Of two; also where another number is there. The model is as it was."""
+    model = make_llama()
+    before = [name for name, _ in model.named_modules()]
+    wrong = layers if isinstance(layers, int) else layers[-1]
+    with pytest.raises(ValueError, match=f"layers_to_transform names layer {wrong}, and .*Llama"):
+        get_peft_model(model, ReMixConfig(layers_to_transform=layers))
+    assert [name for name, _ in model.named_modules()] == before
 
 
 def test_targets_of_a_second_adapter(make_remix):
