@@ -16,7 +16,9 @@
 c counts what one decoder block keeps for its backward pass, in elements a row, with hidden size h,
 feed-forward size f and key/value width v. For a Llama block with fused attention: 5 h (two norms'
 inputs, the feed-forward block's input, queries, attention's output) + 2 v + 4 f (gate, up, silu of
-the gate, their product), and n r + 2 n for each adapted linear (H; mask and logits). With gradient
+the gate, their product), and n r + 2 n for each adapted linear (H; mask and logits). Where whole
+feed-forward blocks are mixed, f counts k times and once more (the weighted sum), and the block
+whose backward pass runs has 2 k f of gradients (others' are small beside the rest). With gradient
 checkpointing a block keeps h, and one block at a time the rest, when the logits are gone.
 A part without a graph holds one block's c, and 8 bytes rather than 12 of its logits; the larger of
 the two kinds of part counts.
@@ -124,12 +126,15 @@ def estimate_memory(
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     kv_width = kv_heads * (getattr(config, "head_dim", None) or hidden // heads)
-    block = 5 * hidden + 2 * kv_width + 4 * feed_forward + experts_width / layers
+    copies = _block_experts(model)
+    weighted, running = (feed_forward, 2 * copies * feed_forward) if copies > 1 else (0, 0)
+    between = 4 * copies * feed_forward + weighted
+    block = 5 * hidden + 2 * kv_width + between + experts_width / layers
     rows = selections_at_once * batch_size * tokens
     logits = 12 * selections_at_once * batch_size * labelled_tokens * config.vocab_size
-    activations = rows * (layers * block + 2 * hidden) * activation_bytes
+    activations = rows * (layers * block + 2 * hidden + running) * activation_bytes
     if gradient_checkpointing:
-        recomputed = rows * block * activation_bytes
+        recomputed = rows * (block + running) * activation_bytes
         activations = rows * (layers + 2) * hidden * activation_bytes + max(recomputed - logits, 0)
     forward_rows = forward_only_at_once * batch_size * tokens
     forward_only = (
@@ -167,9 +172,19 @@ def _largest_block(model: Any) -> int:
 
 
 def _routers(model: Any) -> list[Any]:
+    weights = (site.router_weight for site in _sites(model))
+    return [weight for weight in weights if weight is not None]
+
+
+def _block_experts(model: Any) -> int:
+    """How many feed-forward blocks a row goes through: k where experts are whole blocks, else 1."""
+    return max((site.top_k for site in _sites(model) if site.whole_blocks), default=1)
+
+
+def _sites(model: Any) -> list[Any]:
+    """Those of a mixture; a model with another adapter has none."""
     from remix_model.site import RoutedModule, find_sites
 
     if not any(isinstance(module, RoutedModule) for module in model.modules()):
         return []
-    weights = (site.router_weight for site in find_sites(model).values())
-    return [weight for weight in weights if weight is not None]
+    return list(find_sites(model).values())

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from remix_cli.memory import estimate_memory
+from remix_cli.memory import ONE_PASS, estimate_memory
 from remix_model import ReMixConfig, sample_routing, token_losses
 from remix_model.eligibility import CAUSAL_BLOCKS
 from remix_model.options import SamplingOptions
@@ -19,7 +19,7 @@ NUM_SELECTIONS, BATCH, TOKENS, LABELLED = 2, 4, 128, 64
 NUM_EXPERTS, R = 8, 8
 
 
-def adapted_llama(dtype: torch.dtype, **shape: int) -> Any:
+def adapted_llama(dtype: torch.dtype, router_type: str = "remix", **shape: int) -> Any:
     config = LlamaConfig(
         hidden_size=192,
         intermediate_size=512,
@@ -29,7 +29,9 @@ def adapted_llama(dtype: torch.dtype, **shape: int) -> Any:
         **shape,
     )
     model = LlamaForCausalLM(config).to(dtype)
-    adapter = ReMixConfig(task_type="CAUSAL_LM", r=R, num_experts=NUM_EXPERTS, top_k=4)
+    adapter = ReMixConfig(
+        task_type="CAUSAL_LM", r=R, num_experts=NUM_EXPERTS, top_k=4, router_type=router_type
+    )
     return get_peft_model(model, adapter).train()
 
 
@@ -98,6 +100,29 @@ def test_estimate_is_near_what_torch_allocates(
     assert estimate.total == tensors + sum(
         (estimate.weights, estimate.optimizer, estimate.allocator, estimate.process)
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_whole_blocks_as_experts(checkpointing: bool) -> None:
+    """Hidden values of k blocks a row, in one pass."""
+    model = adapted_llama(torch.float32, "mixlora_block", num_hidden_layers=6, vocab_size=512)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    estimate = estimate_memory(
+        model,
+        **ONE_PASS,
+        router_blocks=0,
+        batch_size=BATCH,
+        tokens=TOKENS,
+        labelled_tokens=LABELLED,
+        experts_width=3 * 6 * NUM_EXPERTS * (R + 2),
+        gradient_checkpointing=checkpointing,
+        activation_bytes=4,
+        on_cpu=True,
+    )
+    tensors = estimate.activations + estimate.logits + estimate.gradients
+    assert allocated_at_most(model, num_selections=1) == pytest.approx(tensors, rel=0.25)
 
 
 @pytest.mark.filterwarnings("ignore")
