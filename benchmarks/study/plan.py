@@ -63,7 +63,7 @@ POOL = {"num_experts": 8, "top_k": 2, "r": 8}
 DRAWN = {**POOL, "num_selections": M}
 PAPER = {"credit": "sequence", "log_prob": "ordered"}
 # What may help, ours: rates of routers and experts apart, routers that wait, copies of a LoRA, a
-# dense start.
+# dense start, a policy that ends near its top k.
 HELP: dict[str, dict[str, Any]] = {
     "remix_router10": {**DRAWN, "router_rate": 10.0},
     "remix_router01": {**DRAWN, "router_rate": 0.1},
@@ -71,6 +71,7 @@ HELP: dict[str, dict[str, Any]] = {
     "remix_wait": {**DRAWN, "router_wait": 24},
     "remix_copies": {**DRAWN, "copied_steps": 24},
     "remix_dense": {**DRAWN, "dense_start": 24},
+    "remix_anneal": {**DRAWN, "temperature_end": 0.1},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 19},  # 120
