@@ -98,8 +98,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "remix_m4_g1": {**DRAWN, "num_selections": 4, "grad_selections": 1},  # a fifth above M = 2
     **HELP,
 }
+# The same for longer: once through the training data instead of a quarter of it.
+LONG = {f"{name}_long": name for name in ("lora", "rslora", "mixlora", "remix")}
+METHODS |= {name: METHODS[source] for name, source in LONG.items()}
 # Times the task's steps, so that all of a comparison take the same compute.
-STEPS_OF = {"lora_matched": M, "remix_m4_matched": M / 4, "remix_m8_matched": M / 8}
+STEPS_OF = {
+    "lora_matched": M,
+    "remix_m4_matched": M / 4,
+    "remix_m8_matched": M / 8,
+    **dict.fromkeys(LONG, 4),
+}
 # Which method's learning rate these take; every other method has a search of its own.
 RATE_OF = {
     "lora_matched": "lora",
@@ -108,6 +116,7 @@ RATE_OF = {
     **{name: "rslora" for name in METHODS if name.startswith("rslora_r")},
     **{name: "remix" for name in METHODS if name.startswith(("remix_k", "remix_m"))},
     **dict.fromkeys(HELP, "remix"),
+    **LONG,
 }
 
 MAIN = ("lora", "mixlora", "remix", "remix_paper", "rslora", "lora_matched")
@@ -123,6 +132,7 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("main", "trec", MAIN, SEEDS),
     ("help", "trec", ("remix", *HELP), SEEDS),  # on held-out training data, as the search
     ("main", "instruction_induction", REST, SEEDS),
+    ("longer", "instruction_induction", tuple(LONG), (0,)),
     ("omega", "instruction_induction", ("remix_lora_type",), SEEDS),
     ("selections", "instruction_induction", ("remix_m4_g1", "remix_m4_matched", "remix_m4"), (0,)),
     ("experts", "instruction_induction", ("rslora_r8", "rslora_r16", "rslora_r32"), SEEDS),
@@ -133,6 +143,7 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("selections", "instruction_induction", ("remix_m8_matched", "remix_m8"), (0,)),
     ("selections", "instruction_induction", ("remix_m4_g1", "remix_m4_matched"), (1, 2)),
     ("selections", "instruction_induction", ("remix_m4",), (1, 2)),
+    ("longer", "instruction_induction", tuple(LONG), (1, 2)),
 )
 # Scored six times while they train, with the first seed: how the kinds of routing come apart.
 WATCHED = ("mixlora", "remix", "remix_paper")
@@ -179,7 +190,7 @@ class Cell:
 
     @property
     def seconds(self) -> float:
-        """A rough guess on two cores: 250 tokens a second in training, 3 times that without."""
+        """A rough guess on two cores: 320 tokens a second in training, 3 times that without."""
         if not self.steps:
             passes = 0.0
         elif self.options.get("method", "remix") in ("remix", "uniform"):
@@ -189,10 +200,10 @@ class Cell:
         else:
             passes = {"mixlora": 1.2, "mor": 1.3, "dora": 1.5, "vblora": 1.5}.get(self.method, 1.0)
         padded = (1.36 if self.task.passes > 1 else 1.5) * self.task.tokens
-        training = self.steps * (0.1 * self.task.passes + self.task.batch * padded / 250) * passes
+        training = self.steps * (0.07 * self.task.passes + self.task.batch * padded / 320) * passes
         draws = self.method.startswith(("remix", "uniform")) and self.split == "test"
         scored = self.task.scored if self.split == "test" else DEV
-        scoring = scored * self.task.tokens / 750 * (5 if draws else 2)
+        scoring = scored * self.task.tokens / 1000 * (5 if draws else 2)
         answering = 0 if self.split == "dev" else 40 + (self.task.longest or 0)
         return 10 + training + scoring * (1 + self.checkpoints / 2) + answering
 

@@ -81,6 +81,10 @@ def study_section(rows: Mapping[str, Row]) -> str:
     lines += ["**One LoRA of rank k r, k LoRAs of rank r**", ""]
     lines += comparison(found, II, EXPERTS, "remix")
     lines += ["**Selections**", "", *comparison(found, II, SELECTIONS, "remix")]
+    lines += ["**Longer**: four times the steps, once through the training data", ""]
+    lines += comparison(
+        found, II, ("lora_long", "rslora_long", "mixlora_long", "remix_long"), "lora_long"
+    )
     lines += ["**ω**: 2/√(k r) (remix), 2/(k r)", ""]
     lines += comparison(found, II, ("remix", "remix_lora_type"), "remix")
     lines += ["**What may help**, by the loss on held-out training data of trec", ""]

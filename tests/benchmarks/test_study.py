@@ -18,6 +18,7 @@ from benchmarks.study.metrics import score
 from benchmarks.study.plan import (
     FIRST,
     GRID,
+    LONG,
     METHODS,
     PARTS,
     TASKS,
@@ -105,6 +106,14 @@ def test_cells_take_the_rate_that_the_search_found():
     assert (rate_source("rslora_r8"), rate_source("lora_matched")) == ("rslora", "lora")
     tried = {cell.learning_rate for cell in cells if (cell.part, cell.method) == ("search", "lora")}
     assert tried == {*FIRST, 3e-4, 1e-4}
+
+
+def test_longer_training_differs_in_its_steps_alone():
+    task = TASKS["instruction_induction"]
+    cells = {(c.method, c.seed): c for c in wanted({}, guess=1e-3) if c.task == task}
+    for name, source in LONG.items():
+        assert (rate_source(name), METHODS[name]) == (rate_source(source), METHODS[source])
+        assert cells[name, 1].steps == 4 * cells[source, 1].steps
 
 
 def test_a_half_written_line_is_survived(tmp_path):
