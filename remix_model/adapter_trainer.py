@@ -212,25 +212,39 @@ class TokenEvaluation(CheckedSteps):
         num_items_in_batch: Tensor | int | None,
     ) -> Any:
         """Mean loss over labelled tokens; the parent's when metrics need all logits."""
-        if not self._loss_only:
-            # None: this rank's own mean, not its part of all ranks'.
-            result = Trainer.compute_loss(self, model, inputs, return_outputs=return_outputs)
-            loss = result[0] if return_outputs else result
-            count = (inputs["labels"][:, 1:] != -100).count_nonzero()
-            self._count_evaluated(loss * count, count)
-            return result
-        losses, mask = token_losses(model, inputs)
-        count = mask.count_nonzero()
-        total = losses.sum()
-        self._count_evaluated(total, count)
-        loss = total / count.clamp(min=1)
-        return (loss, {}) if return_outputs else loss
+        if self._loss_only:
+            losses, mask = token_losses(model, inputs)
+            self._count_evaluated(losses, mask)
+            loss = losses.sum() / mask.count_nonzero().clamp(min=1)
+            return (loss, {}) if return_outputs else loss
+        # None: this rank's own mean, not its part of all ranks'.
+        result: Any = Trainer.compute_loss(self, model, inputs, return_outputs=return_outputs)
+        mask = inputs["labels"][:, 1:] != -100
+        if self._rows_at_the_end() is None:
+            losses = mask * (result[0] if return_outputs else result)  # the mean for each
+        else:  # one row's loss cannot be told from another's: all ranks compute them again
+            losses, mask = token_losses(model, inputs)
+        self._count_evaluated(losses, mask)
+        return result
 
-    def _count_evaluated(self, total: Tensor, count: Tensor) -> None:
-        """Add to the evaluation's sums of losses and of tokens."""
-        self._eval_sums = [
-            a + b.detach() for a, b in zip(self._eval_sums, (total, count), strict=True)
-        ]
+    def _count_evaluated(self, losses: Tensor, mask: Tensor) -> None:
+        """Add to the evaluation's sums of losses [B, T - 1] and of tokens, each row once."""
+        at_the_end = self._rows_at_the_end()
+        if at_the_end is not None:
+            mine = max(at_the_end - self.accelerator.process_index * len(losses), 0)
+            losses, mask = losses[:mine], mask[:mine]
+        found = (losses.detach().sum(), mask.count_nonzero())
+        self._eval_sums = [a + b for a, b in zip(self._eval_sums, found, strict=True)]
+
+    def _rows_at_the_end(self) -> int | None:
+        """Rows of the data in all ranks' last batches; None in every other.
+
+        What the data do not fill there, with several ranks, is filled with rows that were evaluated
+        before.
+        """
+        state = self.accelerator.gradient_state
+        repeats = state.end_of_dataloader and state.remainder > 0
+        return state.remainder if repeats and self.accelerator.num_processes > 1 else None
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -143,20 +143,24 @@ def make_shardable(model: nn.Module) -> nn.Module:
 def whole_before_training(
     accelerator: Any, model: nn.Module, device: torch.device
 ) -> Iterator[None]:
-    """Inside, a model that accelerate has not sharded yet is evaluated as it is, on every rank.
+    """Inside, a model that training has yet to shard or wrap is evaluated as it is, on every rank.
 
-    accelerate shards a model by FSDP2 only together with its optimizer, when training starts.
+    accelerate shards a model by FSDP2 only together with its optimizer, when training starts. And
+    a model that it prepared for evaluation counts as prepared: it would train without DDP then,
+    every rank by its own gradients.
 
     Args:
         accelerator: The trainer's.
         model: Its model.
         device: Where it is evaluated.
     """
-    early = accelerator.is_fsdp2 and not accelerator._models
+    is_ddp = accelerator.distributed_type.value.startswith("MULTI_")
+    early = (accelerator.is_fsdp2 or is_ddp) and not accelerator._models
     if early:
         accelerator._models.append(model.to(device))
     try:
-        yield
+        with accelerator.autocast() if early else nullcontext():
+            yield
     finally:
         if early:
             accelerator._models.clear()
