@@ -72,6 +72,9 @@ HELP: dict[str, dict[str, Any]] = {
     "remix_copies": {**DRAWN, "copied_steps": 24},
     "remix_dense": {**DRAWN, "dense_start": 24},
     "remix_anneal": {**DRAWN, "temperature_end": 0.1},
+    # The routers' rate again, and whether it is ReMix that it helps.
+    "remix_router30": {**DRAWN, "router_rate": 30.0},
+    "mixlora_router10": {"method": "mixlora", **POOL, "router_rate": 10.0},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 19},  # 120
@@ -115,7 +118,7 @@ RATE_OF = {
     "remix_frozen": "remix",
     **{name: "rslora" for name in METHODS if name.startswith("rslora_r")},
     **{name: "remix" for name in METHODS if name.startswith(("remix_k", "remix_m"))},
-    **dict.fromkeys(HELP, "remix"),
+    **{name: name.split("_")[0] for name in HELP},
     **LONG,
 }
 
@@ -130,7 +133,7 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("main", "instruction_induction", MAIN, (1, 2)),
     ("ablation", "instruction_induction", ("uniform", "remix_frozen"), (1, 2)),
     ("main", "trec", MAIN, SEEDS),
-    ("help", "trec", ("remix", *HELP), SEEDS),  # on held-out training data, as the search
+    ("help", "trec", ("remix", "mixlora", *HELP), SEEDS),  # on held-out training data, as the search
     ("main", "instruction_induction", REST, SEEDS),
     ("longer", "instruction_induction", tuple(LONG), (0,)),
     ("omega", "instruction_induction", ("remix_lora_type",), SEEDS),

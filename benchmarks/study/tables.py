@@ -88,7 +88,7 @@ def study_section(rows: Mapping[str, Row]) -> str:
     lines += ["**ω**: 2/√(k r) (remix), 2/(k r)", ""]
     lines += comparison(found, II, ("remix", "remix_lora_type"), "remix")
     lines += ["**What may help**, by the loss on held-out training data of trec", ""]
-    lines += comparison(helped, "trec", ("remix", *HELP), "remix")
+    lines += comparison(helped, "trec", ("remix", *HELP, "mixlora"), "remix")
     lines += ["**Weights** under top-k after training, instruction_induction", "", *_weights(found)]
     return "\n".join(lines) + "\n"
 
