@@ -133,7 +133,7 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("main", "instruction_induction", MAIN, (1, 2)),
     ("ablation", "instruction_induction", ("uniform", "remix_frozen"), (1, 2)),
     ("main", "trec", MAIN, SEEDS),
-    ("help", "trec", ("remix", "mixlora", *HELP), SEEDS),  # on held-out training data, as the search
+    ("help", "trec", ("remix", "mixlora", *HELP), SEEDS),  # on the search's data
     ("main", "instruction_induction", REST, SEEDS),
     ("longer", "instruction_induction", tuple(LONG), (0,)),
     ("omega", "instruction_induction", ("remix_lora_type",), SEEDS),
