@@ -1,6 +1,7 @@
 """An estimate of training memory, from the model's shapes; selections multiply the activations.
 
-    weights       bytes of all parameters
+    weights       bytes of all parameters; of a base that bitsandbytes quantises, 1 byte (int8) or
+                  1/2 + 1/64 (NF4) a weight of its linears but the head, and the largest one whole
     gradients     trainable parameters x their bytes, twice where chunks are held (held.py)
     optimizer     trainable parameters x 8 (AdamW's two fp32 moments)
     activations   rows x (layers x c + 2 h) x bytes an element, rows = m x batch x tokens, with m
@@ -100,6 +101,7 @@ def estimate_memory(
     activation_bytes: int,
     on_cpu: bool,
     shards: int = 1,
+    quantised_bits: int = 0,
 ) -> MemoryEstimate:
     """Estimate the memory of one training step; the module's docstring has the formula.
 
@@ -118,6 +120,7 @@ def estimate_memory(
         activation_bytes: Bytes of an element: 4, or 2 in half precision.
         on_cpu: Whether the memory is the process's own.
         shards: s, ranks over which FSDP2 shards the model.
+        quantised_bits: 4 or 8, of a base that bitsandbytes quantises; 0: it stays as it is.
     """
     config = model.config
     hidden = config.hidden_size
@@ -145,7 +148,8 @@ def estimate_memory(
     routers = sum(router.numel() for router in _routers(model))
     trainable = [p for p in model.parameters() if p.requires_grad]
     return MemoryEstimate(
-        weights=_bytes(model.parameters()) / shards
+        weights=(_bytes(model.parameters()) - _saved_bytes(model, quantised_bits)) / shards
+        + (_largest_linear(model) * activation_bytes if quantised_bits else 0)
         + (3 * _largest_block(model) if shards > 1 else 0),
         gradients=(1 + held_gradients) * _bytes(trainable) / shards,
         optimizer=8 * sum(p.numel() for p in trainable) / shards,
@@ -161,6 +165,38 @@ def estimate_memory(
 
 def _bytes(parameters: Iterable[Any]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _saved_bytes(model: Any, bits: int) -> float:
+    """What the base's linears take less when they are quantised: values, and scales beside them.
+
+    Scales of int8: 4 bytes a row. Of NF4: a byte for 64 weights, and 4 bytes for 256 such scales.
+    """
+    if not bits:
+        return 0
+    weights = _base_linears(model)
+    values = sum(weight.numel() for weight in weights)
+    scales = 4 * sum(len(weight) for weight in weights) if bits == 8 else values * (1 + 1 / 64) / 64
+    return _bytes(weights) - values * bits / 8 - scales
+
+
+def _largest_linear(model: Any) -> int:
+    """Weights of it: a product needs them whole."""
+    return max((weight.numel() for weight in _base_linears(model)), default=0)
+
+
+def _base_linears(model: Any) -> list[Any]:
+    """The frozen weights of linears, but for the head, which stays as it is."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linears = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+    return [linear.weight for linear in linears if not linear.weight.requires_grad]
 
 
 def _largest_block(model: Any) -> int:

@@ -99,6 +99,7 @@ def _print_memory(
         gradient_checkpointing=config.gradient_checkpointing,
         activation_bytes=activation_bytes,
         on_cpu=on_cpu,
+        quantised_bits=_quantised_bits(config, plan),
     )
     parts = {**asdict(estimate), "total": estimate.total}
     title = "Estimated memory of a step (MiB)"
@@ -110,6 +111,14 @@ def _print_memory(
             "once (MiB)"
         )
     print_facts(title, [(part, round(size / 2**20)) for part, size in parts.items()])
+
+
+def _quantised_bits(config: RunConfig, plan: Plan) -> int:
+    """4 or 8 where bitsandbytes quantises the base, or has done so before it was saved; else 0."""
+    saved = getattr(plan.model_config, "quantization_config", None) or {}
+    if config.load_in_4bit or saved.get("load_in_4bit"):
+        return 4
+    return 8 if config.load_in_8bit or saved.get("load_in_8bit") else 0
 
 
 def _selections(config: RunConfig, plan: Plan) -> tuple[dict[str, Any], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from remix_cli.memory import ONE_PASS, estimate_memory
 from remix_model import ReMixConfig, sample_routing, token_losses
 from remix_model.eligibility import CAUSAL_BLOCKS
+from remix_model.models import load_model
 from remix_model.options import SamplingOptions
 
 NUM_SELECTIONS, BATCH, TOKENS, LABELLED = 2, 4, 128, 64
@@ -100,6 +102,50 @@ def test_estimate_is_near_what_torch_allocates(
     assert estimate.total == tensors + sum(
         (estimate.weights, estimate.optimizer, estimate.allocator, estimate.process)
     )
+
+
+def weights_of(model: Any, bits: int) -> float:
+    estimate = estimate_memory(
+        model,
+        **ONE_PASS,
+        router_blocks=0,
+        batch_size=1,
+        tokens=8,
+        labelled_tokens=8,
+        experts_width=0,
+        gradient_checkpointing=False,
+        activation_bytes=2,
+        on_cpu=True,
+        quantised_bits=bits,
+    )
+    return estimate.weights
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_is_as_large_as_bitsandbytes_makes_it(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model = adapted_llama(torch.float32, num_hidden_layers=2, vocab_size=512)
+    adapters = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    estimate = weights_of(model, bits)
+    model.unload().save_pretrained(tmp_path)
+    base = load_model(str(tmp_path), device="cpu", **{f"load_in_{bits}bit": True})
+    kept = base.get_memory_footprint()
+    for weight in base.parameters():
+        if bits == 4 and hasattr(weight, "quant_state"):
+            kept += weight.quant_state.absmax.nbytes + weight.quant_state.state2.absmax.nbytes
+        elif bits == 8 and hasattr(weight, "SCB"):
+            kept += weight.SCB.nbytes
+    assert estimate == pytest.approx(kept + adapters + 2 * 192 * 512, rel=0.001)
+
+
+def test_quantising_counts_for_linears_of_the_base_alone() -> None:
+    model = adapted_llama(torch.float32, num_hidden_layers=2, vocab_size=512)
+    linears = 2 * (3 * 192 * 512 + 2 * 192 * 192 + 2 * 192 * 64)
+    rows = 2 * (2 * 512 + 192 + 2 * 192 + 2 * 64)
+    whole, largest = weights_of(model, 0), 2 * 192 * 512
+    assert weights_of(model, 8) == whole - 3 * linears + 4 * rows + largest
+    scales = linears / 64 * (1 + 4 / 256)
+    assert weights_of(model, 4) == pytest.approx(whole - 3.5 * linears + scales + largest)
 
 
 @pytest.mark.filterwarnings("ignore")
