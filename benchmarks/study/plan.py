@@ -75,6 +75,8 @@ HELP: dict[str, dict[str, Any]] = {
     # The routers' rate again, and whether it is ReMix that it helps.
     "remix_router30": {**DRAWN, "router_rate": 30.0},
     "mixlora_router10": {"method": "mixlora", **POOL, "router_rate": 10.0},
+    "remix_router10_dense": {**DRAWN, "router_rate": 10.0, "dense_start": 24},
+    "remix_router10_anneal": {**DRAWN, "router_rate": 10.0, "temperature_end": 0.1},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 19},  # 120
@@ -102,7 +104,7 @@ METHODS: dict[str, dict[str, Any]] = {
     **HELP,
 }
 # The same for longer: once through the training data instead of a quarter of it.
-LONG = {f"{name}_long": name for name in ("lora", "rslora", "mixlora", "remix")}
+LONG = {f"{name}_long": name for name in ("lora", "rslora", "mixlora", "remix_router10")}
 METHODS |= {name: METHODS[source] for name, source in LONG.items()}
 # Times the task's steps, so that all of a comparison take the same compute.
 STEPS_OF = {
@@ -119,10 +121,11 @@ RATE_OF = {
     **{name: "rslora" for name in METHODS if name.startswith("rslora_r")},
     **{name: "remix" for name in METHODS if name.startswith(("remix_k", "remix_m"))},
     **{name: name.split("_")[0] for name in HELP},
-    **LONG,
+    **{name: source.removesuffix("_router10") for name, source in LONG.items()},
 }
 
 MAIN = ("lora", "mixlora", "remix", "remix_paper", "rslora", "lora_matched")
+HELPED = ("remix_router10",)  # what has helped there, on what nothing was tuned on
 REST = ("hydralora", "mor", "dora", "vblora", "ia3")
 # (part of the study, task, methods, seeds), the most informative first.
 PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
@@ -134,6 +137,7 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("ablation", "instruction_induction", ("uniform", "remix_frozen"), (1, 2)),
     ("main", "trec", MAIN, SEEDS),
     ("help", "trec", ("remix", "mixlora", *HELP), SEEDS),  # on the search's data
+    ("main", "instruction_induction", HELPED, SEEDS),
     ("main", "instruction_induction", REST, SEEDS),
     ("longer", "instruction_induction", tuple(LONG), (0,)),
     ("omega", "instruction_induction", ("remix_lora_type",), SEEDS),
@@ -141,7 +145,8 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("experts", "instruction_induction", ("rslora_r8", "rslora_r16", "rslora_r32"), SEEDS),
     ("experts", "instruction_induction", ("remix_k1", "remix_k4", "remix_k3"), SEEDS),
     ("main", "gsm8k", ("base",), (0,)),
-    ("main", "gsm8k", ("lora", "mixlora", "remix"), SEEDS),
+    ("main", "gsm8k", ("lora", "mixlora", "remix", *HELPED), SEEDS),
+    ("main", "trec", HELPED, SEEDS),
     ("main", "trec", REST, SEEDS),
     ("selections", "instruction_induction", ("remix_m8_matched", "remix_m8"), (0,)),
     ("selections", "instruction_induction", ("remix_m4_g1", "remix_m4_matched"), (1, 2)),

@@ -16,6 +16,8 @@ from benchmarks.common import rows_of, table
 from benchmarks.study.plan import (
     GRID,
     HELP,
+    HELPED,
+    LONG,
     TASKS,
     Cell,
     best_rate,
@@ -33,8 +35,8 @@ Row = Mapping[str, str]
 Found = dict[tuple[str, str], dict[int, Row]]  # by task and method, then by seed
 
 MAIN = ("base", "lora", "rslora", "dora", "vblora", "ia3", "mixlora", "hydralora", "mor")
-MAIN = (*MAIN, "remix_paper", "remix", "lora_matched")
-DRAWING = ("remix_paper", "remix", "uniform", "remix_frozen")
+MAIN = (*MAIN, "remix_paper", "remix", *HELPED, "lora_matched")
+DRAWING = ("remix_paper", "remix", *HELPED, "uniform", "remix_frozen")
 EXPERTS = ("rslora_r8", "rslora_r16", "rslora_r32", "remix_k1", "remix", "remix_k3", "remix_k4")
 SELECTIONS = ("remix", "remix_m4_g1", "remix_m4_matched", "remix_m4")
 SELECTIONS = (*SELECTIONS, "remix_m8_matched", "remix_m8")
@@ -74,7 +76,7 @@ def study_section(rows: Mapping[str, Row]) -> str:
         *_search_table(rows),
     ]
     for task in TASKS:
-        methods = MAIN if task != "gsm8k" else ("base", "lora", "mixlora", "remix")
+        methods = MAIN if task != "gsm8k" else ("base", "lora", "mixlora", "remix", *HELPED)
         lines += [f"**Main table, {task}**", "", *comparison(found, task, methods, "lora")]
     lines += ["**Kinds of routing**, held-out loss", "", *_routings(found)]
     lines += ["**While training** (instruction_induction, first seed)", "", *_histories(found)]
@@ -82,9 +84,7 @@ def study_section(rows: Mapping[str, Row]) -> str:
     lines += comparison(found, II, EXPERTS, "remix")
     lines += ["**Selections**", "", *comparison(found, II, SELECTIONS, "remix")]
     lines += ["**Longer**: four times the steps, once through the training data", ""]
-    lines += comparison(
-        found, II, ("lora_long", "rslora_long", "mixlora_long", "remix_long"), "lora_long"
-    )
+    lines += comparison(found, II, tuple(LONG), "lora_long")
     lines += ["**ω**: 2/√(k r) (remix), 2/(k r)", ""]
     lines += comparison(found, II, ("remix", "remix_lora_type"), "remix")
     lines += ["**What may help**, by the loss on held-out training data of trec", ""]
