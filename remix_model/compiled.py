@@ -6,6 +6,11 @@ and the advantages are not known when the backward pass is traced. So a layer th
     choose(x, router, site)                        ->  top_k_index, logits, state
     router_gradient(dy, x, router, ..., state)     ->  drouter, dx        (in the backward pass)
 
+or, where weights are learned, and the graph has logits and weights of its own,
+
+    choose_by_logits(logits, x, site)              ->  top_k_index, state
+    regularizer_gradient(dlogits, ..., state)      ->  its part of dlogits    (likewise)
+
 which call the layer's `RoutingSite`, and the `RoutingState` of that pass, when they run. Both go
 through the graph as numbers in tensors on the CPU, so nothing about them is a constant: no step is
 compiled anew, and layers may share a graph. `dy` is there so that the backward pass is not taken
@@ -25,6 +30,7 @@ from remix_model import delivery
 
 if TYPE_CHECKING:
     from remix_model.site import RoutingSite
+    from remix_model.state import RoutingState
 
 
 class Numbered:
@@ -151,3 +157,56 @@ class DeliverWhenRun(torch.autograd.Function):
         need_dx = ctx.needs_input_grad[1]
         drouter, dx = router_gradient(dy, *ctx.saved_tensors, ctx.training, need_dx)
         return dy, dx if need_dx else None, drouter, None, None, None, None, None
+
+
+@torch.library.custom_op(
+    "remix_model::choose_by_logits", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def choose_by_logits(
+    logits: Tensor, x: Tensor, site: Tensor, top_k: int, training: bool, trained: bool
+) -> tuple[Tensor, Tensor]:
+    """(top_k_index [..., k] int32, number of the state: 0 if not sampled), of learned weights."""
+    selection = SITES.find(site).choose_now(logits, x, training, trained)
+    return selection.index.to(torch.int32, copy=True), STATES.number(selection.state)
+
+
+@choose_by_logits.register_fake
+def _(
+    logits: Tensor, x: Tensor, site: Tensor, top_k: int, training: bool, trained: bool
+) -> tuple[Tensor, Tensor]:
+    index = logits.new_empty((*logits.shape[:-1], top_k), dtype=torch.int32)
+    return index, torch.empty_like(site)
+
+
+@torch.library.custom_op("remix_model::regularizer_gradient", mutates_args=())
+def regularizer_gradient(
+    dlogits: Tensor, logits: Tensor, top_k_index: Tensor, state: Tensor, site: Tensor
+) -> Tensor:
+    """What the terms beside the loss add to dlogits [..., n]; zeros where there are none."""
+    found: RoutingSite = SITES.find(site)
+    sampled: RoutingState | None = STATES.find(state)
+    pull = None
+    if sampled is not None and sampled.is_regularized(found):
+        selection = found.selection(top_k_index, logits, logits, logits, sampled)
+        pull = sampled.regularizer_gradient(found, selection)
+    return torch.zeros_like(dlogits) if pull is None else pull.view_as(dlogits).to(dlogits)
+
+
+@regularizer_gradient.register_fake
+def _(dlogits: Tensor, logits: Tensor, top_k_index: Tensor, state: Tensor, site: Tensor) -> Tensor:
+    return torch.empty_like(dlogits)
+
+
+class RegularizeWhenRun(torch.autograd.Function):
+    """`AddRegularizer` for a compiler: tensors and facts, no objects."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, top_k_index: Tensor, state: Tensor, site: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(logits, top_k_index, state, site)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
+        return dlogits + regularizer_gradient(dlogits, *ctx.saved_tensors), None, None, None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from remix_model.compiled import RegularizeWhenRun, choose_by_logits, is_top_k_only
 from remix_model.delivery import in_backward
 from remix_model.granularity import pool, spread_over
 from remix_model.routers import Router
@@ -54,38 +55,80 @@ class LearnedSite(RoutingSite):
         return self.temperature
 
     def _select_compiled(self, x: Tensor, router: Tensor | None, training: bool) -> Selection:
-        if self.per_sequence or self.state is not None or self.records:
+        """Traced once: weights are the graph's, and an op chooses what they are for."""
+        if self.per_sequence:
             return self._select_eagerly(x, router, training)
-        return self._weigh(x, x, router, None, self.forced)
+        is_warned_of = training and _is_trained(router) and self._balance() > 0
+        if is_top_k_only(self, training) and not is_warned_of:
+            return self._weigh(x, x, router, None, None)
+        logits = self._logits(x, router, self.temperature)
+        index, number = choose_by_logits(
+            logits.detach(), x.detach(), self.number, self.top_k, training, _is_trained(router)
+        )
+        facts = Selection(index, index, logits.detach(), x.detach(), None, self.temperature, False)
+        if logits.requires_grad:
+            logits = RegularizeWhenRun.apply(logits, index, number, self.number)
+        return self._with_weights(facts, self.router.weights(logits, index), x)
+
+    def choose_now(self, logits: Tensor, x: Tensor, training: bool, trained: bool) -> Selection:
+        """What a compiled pass has to use, as the run finds things; and who hears of it."""
+        state, forced, _ = self._given(x, training)
+        drawn = self._drawn(logits, state, forced)
+        selection = self.selection(drawn, logits, x, x, state)
+        if not in_backward():
+            if trained and training and state is None:
+                self._warn_of_balance()
+            self.tell(self._with_weights(selection, self.router.weights(logits, drawn), x))
+        return selection
 
     def select_now(self, x: Tensor, router: Tensor | None, training: bool) -> Selection:
         """`select` as the run finds things; x is detached where it should be."""
-        if in_backward():
-            self.check_whose()
-            self.replayed = True
-            state = self.replaying or self.last[training]
-            forced, prompt = self.last_forced[training], self.last_prompt[training]
-            if state is not None:  # its own, whatever ran since
-                saved = [i for i in state.drawn_at(self) if self._is_of(i, x, state)]
-                forced, prompt = self._only(saved) if saved else None, self._prompt(state)
-        else:
-            self.replaying = None
-            state = self.last[training] = self.state
-            if self.per_sequence and state is None and self.sequence_pass is not None:
-                decided = self.sequence_pass.decided(self)
-                if decided is not None:
-                    return self._repeated(decided, x)
-            forced = self.last_forced[training] = self.forced
-            prompt = self.last_prompt[training] = self._prompt(state)
-            if training and state is None:
-                self._warn_of_balance(router)
+        if not in_backward():
+            decided = self._decided()
+            if decided is not None:
+                self.replaying = self.last[training] = None
+                return self._repeated(decided, x)
+        state, forced, prompt = self._given(x, training)
         seen = pool(x, prompt, self.name) if self.per_sequence else x
         selection = self._weigh(seen, x, router, state, forced)
         if not in_backward():
+            if training and state is None and _is_trained(router):
+                self._warn_of_balance()
             self.tell(selection)
             if state is None and self.sequence_pass is not None:
                 self.sequence_pass.note(self, (selection.drawn, selection.drawn_weights))
         return selection
+
+    def _given(
+        self, x: Tensor, training: bool
+    ) -> tuple[RoutingState | None, Tensor | None, Tensor | None]:
+        """(state, forced experts, prompt) of this pass, or of the one that it recomputes."""
+        if not in_backward():
+            self.replaying = None
+            state = self.last[training] = self.state
+            forced = self.last_forced[training] = self.forced
+            prompt = self.last_prompt[training] = self._prompt(state)
+            return state, forced, prompt
+        self.check_whose()
+        self.replayed = True
+        state = self.replaying or self.last[training]
+        if state is None:
+            return None, self.last_forced[training], self.last_prompt[training]
+        # What was forced then, whatever ran since.
+        saved = [i for i in state.drawn_at(self) if self._is_of(i, x, state)]
+        return state, self._only(saved) if saved else None, self._prompt(state)
+
+    def _decided(self) -> tuple[Tensor, Tensor] | None:
+        """While decoding a routed sequence: what the prefill chose, and how it weighed that."""
+        if not self.per_sequence or self.state is not None or self.sequence_pass is None:
+            return None
+        return self.sequence_pass.decided(self)
+
+    def _drawn(self, logits: Tensor, state: RoutingState | None, forced: Tensor | None) -> Tensor:
+        """The forced experts, else the k largest."""
+        if forced is None:
+            return self._top_k(logits)
+        return self._forced(forced, logits, None if state is None else state.folded_pass())
 
     def _weigh(
         self,
@@ -98,11 +141,7 @@ class LearnedSite(RoutingSite):
         """The selection of x's rows, from what the router sees."""
         logits = self._logits(seen, router, self._temperature(state))
         with torch.no_grad():
-            if forced is None:
-                drawn = self._top_k(logits)
-            else:
-                folded = None if state is None else state.folded_pass()
-                drawn = self._forced(forced, logits, folded)
+            drawn = self._drawn(logits, state, forced)
         facts = self.selection(drawn, logits.detach(), seen.detach(), x, state)
         if state is not None and logits.requires_grad and state.is_regularized(self):
             logits = AddRegularizer.apply(logits, drawn, self, facts)
@@ -124,10 +163,18 @@ class LearnedSite(RoutingSite):
         """The weights bring the router its gradient."""
         return y
 
-    def _warn_of_balance(self, router: Tensor | None) -> None:
-        coef = self.router.kwargs.get("load_balancing_coef", 0.0)
-        if coef and router is not None and router.requires_grad and torch.is_grad_enabled():
+    def _balance(self) -> float:
+        coef: float = self.router.kwargs.get("load_balancing_coef", 0.0)
+        return coef
+
+    def _warn_of_balance(self) -> None:
+        coef = self._balance()
+        if coef:
             self.warn_untrained(NO_BALANCE.format(kind=self.router.name, coef=coef))
+
+
+def _is_trained(router: Tensor | None) -> bool:
+    return router is not None and router.requires_grad and torch.is_grad_enabled()
 
 
 class AddRegularizer(torch.autograd.Function):

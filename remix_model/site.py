@@ -188,6 +188,8 @@ class RoutingSite(Replayed):
                 logits = self._logits(x, router, self.temperature)
                 index = self._top_k(logits)
             number = NOT_SAMPLED if training else None
+        elif not self.router.linear:  # whose gradient is autograd's, which an op is beneath
+            return self._select_eagerly(x, router, training)
         else:
             index, logits, number = choose(
                 x.detach(), router.detach(), self.number, self.num_experts, self.top_k, training

@@ -14,9 +14,15 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-from remix_model import RoutedLoRALinear, record_routing, sample_routing, token_losses
+from remix_model import (
+    RoutedLoRALinear,
+    force_selection,
+    record_routing,
+    sample_routing,
+    token_losses,
+)
 from remix_model.compiled import Numbered, choose, is_top_k_only
-from remix_model.site import UNTRAINED_ROUTER
+from remix_model.site import UNTRAINED_ROUTER, find_sites
 from tests.remix_model.step_helpers import run
 from tests.remix_model.trainer_helpers import logged, parameters
 
@@ -173,6 +179,9 @@ def test_training_in_one_graph(make_small, make_batch, take_grads, assert_same):
         pytest.param(
             {"router_detach_input": False, "router_sharing": "block"}, False, id="undetached-block"
         ),
+        pytest.param(
+            {"router_type": "mor", "router_kwargs": {"train": "rloo"}}, True, id="mor-policy"
+        ),
         pytest.param({"lora_dropout": 1e-12}, True, id="dropout"),
         pytest.param(
             {"routing_granularity": "sequence", "target_modules": ["down_proj"]},
@@ -279,29 +288,78 @@ def test_generation_with_a_static_cache(config, make_llama, make_remix):
     assert graphs() > 0
 
 
-@pytest.mark.parametrize("kind", ["mixlora_block", "mor"])
+# Learned weights ---------------------------------------------------------------------------------
+
+
+def weighed_step(model, run, batch, seed, forced):
+    """The loss of a step in which routers are pulled to balance, and experts may be forced."""
+    selections = {name: forced for name in find_sites(model) if forced is not None}
+    options = {"num_selections": 1, "load_balancing_coef": 0.5, "seed": seed}
+    with force_selection(model, selections), sample_routing(model, **options) as routing:
+        losses, mask = token_losses(run, routing.expand(batch))
+        loss = routing.loss(losses, mask)
+    loss.backward()  # by now nothing is forced
+    return loss.detach()
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [
+        *((kind, None) for kind in ("mixlora", "mixlora_block", "mor")),
+        *(("mixlora", "model"), ("mixlora", "blocks")),
+    ],
+)
 def test_learned_weights_in_one_graph(
-    kind, make_remix, make_llama, make_batch, take_grads, assert_same
+    kind, checkpointing, make_small, make_batch, take_grads, assert_same
 ):
-    """A plain training pass without breaks; inside sample_routing, with breaks, the same."""
-    grads = []
+    """In the second step experts are forced; other lengths and seeds, nothing compiled anew."""
+    options = {"router_type": kind, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    models = [make_small(**options), make_small(**options)]
+    if checkpointing is not None:
+        for model in models:
+            how = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+            model.gradient_checkpointing_enable(**how)
+            model.get_base_model().disable_input_require_grads()  # which would break the graph
+    model, eager = models
+    compiled = model
+    if checkpointing == "blocks":
+        for block in model.get_base_model().model.layers:
+            block.compile(backend="aot_eager", fullgraph=True)
+    else:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    counts = []
+    with record_routing(model) as record, record_routing(eager) as record_eager:
+        for step, sizes in enumerate(LENGTHS):
+            batch = make_batch(sizes, prompt=2, seed=step)
+            forced = torch.tensor([3, 1]) if step == 1 else None
+            want = weighed_step(eager, eager, batch, step, forced)
+            assert_same(weighed_step(model, compiled, batch, step, forced), want, 1e-12)
+            grads = take_grads(eager)
+            assert all(grad.any() for grad in grads.values())
+            assert_same(take_grads(model), grads, 1e-9)
+            counts.append(graphs())
+    assert counts[1] == counts[-1] > 0
+    for got, want in zip(record.stats().layers, record_eager.stats().layers, strict=True):
+        assert got.tokens == want.tokens == sum(map(sum, LENGTHS))
+        assert (got.expert_share, got.weight_histogram) == (
+            want.expert_share,
+            want.weight_histogram,
+        )
+
+
+@pytest.mark.parametrize("kind", ["mixlora", "mor"])
+def test_learned_weights_outside_sampling(kind, make_small, make_batch, take_grads, assert_same):
+    """A plain backward pass trains the routers; what it leaves out is said once."""
+    grads, said = [], []
     for compiled in (False, True):
-        model = make_remix(make_llama(layers=1), router_type=kind).train()
+        model = make_small(router_type=kind)
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            run(**make_batch()).loss.backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                run(**make_batch()).loss.backward()
+        said.append([str(w.message) for w in caught if "load-balancing" in str(w.message)])
         grads.append(take_grads(model))
-    assert_same(grads[1], grads[0], 1e-6)
-    sampled = []
-    for compiled in (False, True):
-        model = make_remix(make_llama(layers=1), router_type=kind).train()
-        run = torch.compile(model, backend="aot_eager") if compiled else model
-        with sample_routing(model, num_selections=1, load_balancing_coef=0.5, seed=0) as routing:
-            losses, mask = token_losses(run, routing.expand(make_batch()))
-            loss = routing.loss(losses, mask)
-        loss.backward()
-        sampled.append(take_grads(model))
-    assert_same(sampled[1], sampled[0], 1e-6)
-    routers = [name for name in grads[0] if "router" in name]
-    assert not any(torch.allclose(grads[0][name], sampled[0][name]) for name in routers)
+    assert_same(grads[1], grads[0], 1e-9)
+    assert len(said[0]) == (kind == "mixlora")
+    assert said[1] == said[0]
