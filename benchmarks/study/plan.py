@@ -74,7 +74,11 @@ HELP: dict[str, dict[str, Any]] = {
     "remix_anneal": {**DRAWN, "temperature_end": 0.1},
     # The routers' rate again, and whether it is ReMix that it helps.
     "remix_router30": {**DRAWN, "router_rate": 30.0},
-    "mixlora_router10": {"method": "mixlora", **POOL, "router_rate": 10.0},
+    "remix_router100": {**DRAWN, "router_rate": 100.0},
+    **{
+        f"mixlora_router{rate}": {"method": "mixlora", **POOL, "router_rate": float(rate)}
+        for rate in (10, 30)
+    },
     "remix_router10_dense": {**DRAWN, "router_rate": 10.0, "dense_start": 24},
     "remix_router10_anneal": {**DRAWN, "router_rate": 10.0, "temperature_end": 0.1},
 }

@@ -125,10 +125,11 @@ def test_trainer(make_trainer, make_remix, make_llama, assert_same):
     for compiled in (False, True):
         model = make_remix(make_llama(layers=1), target_modules=["down_proj"])
         options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
-        trainer = make_trainer(model, max_steps=1, optim="sgd", learning_rate=1.0, **options)
+        trainer = make_trainer(model, max_steps=4, optim="sgd", learning_rate=1.0, **options)
         trainer.train()
         runs.append((trainer, parameters(model)))
     (eager, want), (compiled, got) = runs
+    assert 0 < graphs() < 4  # until lengths and labels are known to differ, not in every step
     norms = logged(eager, "remix/grad_norm_router")
     assert norms[0] > 0
     assert logged(compiled, "remix/grad_norm_router") == pytest.approx(norms, rel=1e-4)
