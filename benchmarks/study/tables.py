@@ -79,7 +79,11 @@ def study_section(rows: Mapping[str, Row]) -> str:
         methods = MAIN if task != "gsm8k" else ("base", "lora", "mixlora", "remix", *HELPED)
         lines += [f"**Main table, {task}**", "", *comparison(found, task, methods, "lora")]
     lines += ["**Kinds of routing**, held-out loss", "", *_routings(found)]
-    lines += ["**While training** (instruction_induction, first seed)", "", *_histories(found)]
+    lines += [
+        "**While training** (instruction_induction, first seed, every other held-out batch)",
+        "",
+    ]
+    lines += _histories(found)
     lines += ["**One LoRA of rank k r, k LoRAs of rank r**", ""]
     lines += comparison(found, II, EXPERTS, "remix")
     lines += ["**Selections**", "", *comparison(found, II, SELECTIONS, "remix")]
@@ -88,7 +92,7 @@ def study_section(rows: Mapping[str, Row]) -> str:
     lines += ["**ω**: 2/√(k r) (remix), 2/(k r)", ""]
     lines += comparison(found, II, ("remix", "remix_lora_type"), "remix")
     lines += ["**What may help**, by the loss on held-out training data of trec", ""]
-    lines += comparison(helped, "trec", ("remix", *HELP, "mixlora"), "remix")
+    lines += comparison(helped, "trec", ("remix", *HELP, "mixlora"), "remix", "policy_ess")
     lines += ["**Weights** under top-k after training, instruction_induction", "", *_weights(found)]
     return "\n".join(lines) + "\n"
 
@@ -125,8 +129,10 @@ def paired(ours: Mapping[int, Row], reference: Mapping[int, Row]) -> str:
     return f"+{text}" if differences and statistics.mean(differences) > 0 else text
 
 
-def comparison(found: Found, task: str, methods: Sequence[str], reference: str) -> list[str]:
-    """Methods beside each other on one task."""
+def comparison(
+    found: Found, task: str, methods: Sequence[str], reference: str, last: str = "accuracy"
+) -> list[str]:
+    """Methods beside each other on one task; `last` is a column of the rows."""
     head = ["method", "activated", "tokens", "learning rate", "loss", f"− {reference}"]
     body = []
     for method in methods:
@@ -134,7 +140,7 @@ def comparison(found: Found, task: str, methods: Sequence[str], reference: str) 
         rows = list(seeds.values())
         whole = [row for row in rows if math.isfinite(loss_of(row))]
         first = next(iter(whole or rows), None)
-        right = [float(row["accuracy"]) for row in whole if row["accuracy"]]
+        values = [float(row[last]) for row in whole if row[last]]
         body.append(
             [
                 method,
@@ -143,10 +149,17 @@ def comparison(found: Found, task: str, methods: Sequence[str], reference: str) 
                 (first["learning_rate"] or "—") if first else NOT_RUN,
                 spread([loss_of(row) for row in rows]),
                 "" if method == reference else paired(seeds, found.get((task, reference), {})),
-                "diverged" if len(whole) < len(rows) else spread(right),  # not of the survivors
+                _of_all(rows, whole, values),
             ]
         )
-    return table([*head, "accuracy"], body)
+    return table([*head, {"policy_ess": "ESS of the policy"}.get(last, last)], body)
+
+
+def _of_all(rows: Sequence[Row], whole: Sequence[Row], values: Sequence[float]) -> str:
+    """Mean and error of a column; not of the survivors, where some seeds diverged."""
+    if len(whole) < len(rows):
+        return "diverged"
+    return "—" if rows and not values else spread(values)
 
 
 def _short(row: Row | None, column: str) -> str:
@@ -191,14 +204,15 @@ def _routings(found: Found) -> list[str]:
             if (task, method) in found:
                 rows = list(found[task, method].values())
                 if not all(math.isfinite(loss_of(row)) for row in rows):
-                    body.append([task, method, *["diverged"] * (len(columns) + 1)])
+                    body.append([task, method, *["diverged"] * (len(columns) + 2)])
                     continue
                 whole = [row for row in rows if row["loss_sampled"]]
                 values = [[float(row[column]) for row in whole] for column in columns]
                 gaps = [b - a for a, b in zip(values[0], values[1], strict=True)]
-                body.append([task, method, *map(spread, values), spread(gaps)])
+                policy = spread([float(row["policy_ess"]) for row in whole if row["policy_ess"]], 2)
+                body.append([task, method, *map(spread, values), spread(gaps), policy])
     head = ["task", "method", "top-k", "sampled", "random", "one subset", "sampled − top-k"]
-    return table(head, body)
+    return table([*head, "ESS of the policy"], body)
 
 
 def _histories(found: Found) -> list[str]:

@@ -217,7 +217,7 @@ def test_a_seed_that_diverged_is_not_left_out_of_a_mean():
     assert text[2] == "| remix | — | 500 | 0.1 | diverged | 0.000 (one seed) | diverged |"
     assert "| 0.900 (one seed) |" in text[3]
     line = tables._routings(found)[2]
-    assert line.count("diverged") == 5
+    assert line.count("diverged") == 6
 
 
 def test_tables_read_rows():
@@ -231,8 +231,13 @@ def test_tables_read_rows():
             **dict.fromkeys(drawn, "1.5" if cell.method == "remix" else ""),
             "history": json.dumps(history),
             "tokens": "123456",
+            "policy_ess": str(2.5 + 0.75 * cell.seed),
         }
     text = tables.study_section(rows)
     assert "| remix | — | 123.5k |" in text
     assert "2.000 ± 0.577" in text
     assert "| mixlora | 3 | 1.250 |" in text
+    assert (
+        "| remix_wait | — | 123.5k | 0.0001 | 2.000 ± 0.577 | 0.000 ± 0.000 | 3.250 ± 0.433 |"
+        in text
+    )
