@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from remix_kernels._costs import Costs, costs
 from remix_kernels._dispatch import resolve_strategy
+from remix_model.nonfinite import check_chosen
 
 if TYPE_CHECKING:
     from remix_model.layer import Pool
@@ -70,7 +71,7 @@ def decode_row(x: Tensor, base: nn.Linear, pool: Pool, training: bool) -> Tensor
     row, out, scaling = x.view(-1), y.view(-1), pool.scaling
     largest, index = router.mv(row).topk(site.top_k)
     if not math.isfinite(sum(largest.tolist())):
-        site.check_chosen(largest)
+        check_chosen(largest, site.name)
     for i in index.tolist():
         out.addmv_(lora_B[i], lora_A[i].mv(row), alpha=scaling)
     return y

@@ -1,7 +1,9 @@
-"""Where numbers stop being finite: the first module of a pass whose output is not."""
+"""Where numbers stop being finite: routers refuse to choose by them, and their origin is found."""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from remix_model.errors import NonFiniteError
+
+
+def check_chosen(largest: Tensor, name: str) -> None:
+    """Refuse to route by logits that are no numbers: experts chosen by nan mean nothing.
+
+    Looked at on a processor, where it costs no synchronisation; elsewhere under REMIX_STRICT=1.
+
+    Args:
+        largest: [..., k], the chosen logits; nan counts as the largest of all.
+        name: Of the layer, for the message.
+
+    Raises:
+        NonFiniteError: One is nan.
+    """
+    if torch.compiler.is_compiling() or largest.numel() == 0:
+        return
+    if largest.device.type != "cpu" and os.environ.get("REMIX_STRICT") != "1":
+        return
+    if not math.isfinite(largest.sum()):
+        raise NonFiniteError(
+            f"the router of {name or 'a layer'} made logits that are not finite: look at "
+            "the layer's input, or at the router's weights"
+        )
 
 
 @contextmanager

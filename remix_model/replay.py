@@ -20,6 +20,7 @@ class Replayed:
     """The memory of one `RoutingSite`."""
 
     name: str
+    per_sequence: bool
 
     def __init__(self) -> None:
         """Nothing ran yet."""
@@ -32,6 +33,9 @@ class Replayed:
         self.replayed = False  # whether this layer was recomputed in it
         self.ambiguous = False  # another state's backward pass began before that
         self.graph_task = -1
+
+    def _prompt(self, state: RoutingState | None) -> Tensor | None:
+        raise NotImplementedError
 
     def note_top_k(self, training: bool) -> None:
         """A plain top-k pass ran: what a recomputation in this mode would repeat."""
@@ -68,3 +72,20 @@ class Replayed:
                 "several sample_routing losses share, which does not say whose pass it repeats: "
                 "call backward on each loss by itself"
             )
+
+    def _is_of(self, drawn: Tensor, x: Tensor, state: RoutingState | None) -> bool:
+        """Whether a saved draw is one of x's rows."""
+        if not self.per_sequence:
+            return drawn.shape[:-1] == x.shape[:-1]
+        prompt = self._prompt(state)
+        shape = x.shape[:2] if prompt is None else prompt.shape
+        return drawn.shape[0] == shape[0] and x.shape[:-1].numel() == shape.numel()
+
+    def _only(self, saved: list[Tensor]) -> Tensor:
+        if len(saved) > 1:
+            raise RuntimeError(
+                f"{self.name} ran {len(saved)} times in one sample_routing context and is now "
+                "recomputed by activation checkpointing, which does not say which time it "
+                "repeats: open one context for each forward pass"
+            )
+        return saved[0]

@@ -8,8 +8,6 @@ asks its own site `select(x, ...)` for the experts of each row and passes its ou
 
 from __future__ import annotations
 
-import math
-import os
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -22,9 +20,10 @@ from remix_kernels import RoutedShape, sample_top_k
 from remix_kernels._routed import cast, no_autocast
 from remix_model.compiled import NOT_SAMPLED, SITES, DeliverWhenRun, choose, is_top_k_only
 from remix_model.delivery import DeliverRouterGradient, in_backward
-from remix_model.errors import NonFiniteError
 from remix_model.forced import spread_forced
 from remix_model.granularity import SequencePass, pool, spread_over
+from remix_model.nonfinite import check_chosen
+from remix_model.random_state import mix_seed
 from remix_model.replay import Replayed
 from remix_model.routers import Router
 
@@ -34,23 +33,11 @@ if TYPE_CHECKING:
     from remix_model.state import RoutingState
     from remix_model.stats import SiteRecord
 
-_MASK64 = 0xFFFFFFFFFFFFFFFF
 UNTRAINED_ROUTER = (
     "a ReMix model is being trained outside sample_routing: the adapters learn, the router does "
     "not (its gradient is zero). Use ReMixTrainer or ReMixSFTTrainer, open sample_routing around "
     "the forward pass, or freeze the routers if that is what you want."
 )
-
-
-def mix_seed(seed: int, *streams: int) -> int:
-    """A 64-bit seed for each combination of numbers, by SplitMix64 (Steele et al. 2014)."""
-    mixed = seed & _MASK64
-    for stream in streams:
-        mixed = (mixed + 0x9E3779B97F4A7C15 * ((stream & _MASK64) + 1)) & _MASK64
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK64
-        mixed ^= mixed >> 31
-    return mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,29 +315,8 @@ class RoutingSite(Replayed):
 
     def _top_k(self, logits: Tensor) -> Tensor:
         largest, index = logits.topk(self.top_k, dim=-1)
-        self.check_chosen(largest)
+        check_chosen(largest, self.name)
         return index
-
-    def check_chosen(self, largest: Tensor) -> None:
-        """Refuse to route by logits that are no numbers: experts chosen by nan mean nothing.
-
-        Looked at on a processor, where it costs no synchronisation; elsewhere under REMIX_STRICT=1.
-
-        Args:
-            largest: [..., k], the chosen logits; nan counts as the largest of all.
-
-        Raises:
-            NonFiniteError: One is nan.
-        """
-        if torch.compiler.is_compiling() or largest.numel() == 0:
-            return
-        if largest.device.type != "cpu" and os.environ.get("REMIX_STRICT") != "1":
-            return
-        if not math.isfinite(largest.sum()):
-            raise NonFiniteError(
-                f"the router of {self.name or 'a layer'} made logits that are not finite: look at "
-                "the layer's input, or at the router's weights"
-            )
 
     def _draw(self, logits: Tensor, state: RoutingState) -> Tensor:
         """While sampling: the forced experts, else a draw from this module's own stream.
@@ -400,23 +366,6 @@ class RoutingSite(Replayed):
                 f"{list(index.shape[:-1])}: call backward on a loss before the next forward pass"
             )
         return self.selection(index, logits, seen, x, None)
-
-    def _is_of(self, drawn: Tensor, x: Tensor, state: RoutingState | None) -> bool:
-        """Whether a saved draw is one of x's rows."""
-        if not self.per_sequence:
-            return drawn.shape[:-1] == x.shape[:-1]
-        prompt = self._prompt(state)
-        shape = x.shape[:2] if prompt is None else prompt.shape
-        return drawn.shape[0] == shape[0] and x.shape[:-1].numel() == shape.numel()
-
-    def _only(self, saved: list[Tensor]) -> Tensor:
-        if len(saved) > 1:
-            raise RuntimeError(
-                f"{self.name} ran {len(saved)} times in one sample_routing context and is now "
-                "recomputed by activation checkpointing, which does not say which time it "
-                "repeats: open one context for each forward pass"
-            )
-        return saved[0]
 
 
 class RoutedModule:

@@ -19,10 +19,11 @@ from remix_model.parallel import (
     selection_mesh,
     share_batches,
 )
+from remix_model.random_state import mix_seed
 from remix_model.rates import RouterWait, give_group
 from remix_model.routing import sample_routing
 from remix_model.routing_log import RoutingLog
-from remix_model.site import find_sites, mix_seed
+from remix_model.site import find_sites
 from remix_model.state import RoutingState
 from remix_model.stats import RoutingRecorder
 from remix_model.training_args import ReMixArguments, ReMixTrainingArguments

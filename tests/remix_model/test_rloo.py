@@ -16,7 +16,8 @@ from remix_model import (
     sample_routing,
     token_losses,
 )
-from remix_model.site import find_sites, mix_seed
+from remix_model.random_state import mix_seed
+from remix_model.site import find_sites
 from tests.helpers import selection_log_prob_eager
 
 

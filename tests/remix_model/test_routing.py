@@ -14,7 +14,8 @@ from remix_model import (
     sample_routing,
     token_losses,
 )
-from remix_model.site import find_sites, mix_seed
+from remix_model.random_state import mix_seed
+from remix_model.site import find_sites
 
 
 def stack(count=3, n=4, k=2, features=5):
