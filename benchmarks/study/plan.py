@@ -62,23 +62,24 @@ TASKS = {
 POOL = {"num_experts": 8, "top_k": 2, "r": 8}
 DRAWN = {**POOL, "num_selections": M}
 PAPER = {"credit": "sequence", "log_prob": "ordered"}
-# What may help, ours: rates of routers and experts apart, routers that wait, copies of a LoRA, a
-# dense start, a policy that ends near its top k.
-HELP: dict[str, dict[str, Any]] = {
-    "remix_router10": {**DRAWN, "router_rate": 10.0},
+# What may help, ours. Routers' rates, as multiples of the experts', of both kinds of mixture.
+ROUTER_RATES: dict[str, dict[str, Any]] = {
     "remix_router01": {**DRAWN, "router_rate": 0.1},
+    **{f"remix_router{x}": {**DRAWN, "router_rate": float(x)} for x in (10, 30, 100, 300)},
+    **{
+        f"mixlora_router{x}": {"method": "mixlora", **POOL, "router_rate": float(x)}
+        for x in (10, 30, 100)
+    },
+}
+# And experts' rate apart, routers that wait, copies of a LoRA, a dense start, a policy that ends
+# near its top k.
+HELP: dict[str, dict[str, Any]] = {
+    **ROUTER_RATES,
     "remix_experts4": {**DRAWN, "expert_rate_scale": 4.0},  # n / k
     "remix_wait": {**DRAWN, "router_wait": 24},
     "remix_copies": {**DRAWN, "copied_steps": 24},
     "remix_dense": {**DRAWN, "dense_start": 24},
     "remix_anneal": {**DRAWN, "temperature_end": 0.1},
-    # The routers' rate again, and whether it is ReMix that it helps.
-    "remix_router30": {**DRAWN, "router_rate": 30.0},
-    "remix_router100": {**DRAWN, "router_rate": 100.0},
-    **{
-        f"mixlora_router{rate}": {"method": "mixlora", **POOL, "router_rate": float(rate)}
-        for rate in (10, 30)
-    },
     "remix_router10_dense": {**DRAWN, "router_rate": 10.0, "dense_start": 24},
     "remix_router10_anneal": {**DRAWN, "router_rate": 10.0, "temperature_end": 0.1},
 }
@@ -140,9 +141,10 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("main", "instruction_induction", MAIN, (1, 2)),
     ("ablation", "instruction_induction", ("uniform", "remix_frozen"), (1, 2)),
     ("main", "trec", MAIN, SEEDS),
-    ("help", "trec", ("remix", "mixlora", *HELP), SEEDS),  # on the search's data
+    ("help", "trec", ("remix", "mixlora", *ROUTER_RATES), SEEDS),  # on the search's data
     ("main", "instruction_induction", HELPED, SEEDS),
     ("main", "instruction_induction", REST, SEEDS),
+    ("help", "trec", tuple(name for name in HELP if name not in ROUTER_RATES), SEEDS),
     ("longer", "instruction_induction", tuple(LONG), (0,)),
     ("omega", "instruction_induction", ("remix_lora_type",), SEEDS),
     ("selections", "instruction_induction", ("remix_m4_g1", "remix_m4_matched", "remix_m4"), (0,)),
