@@ -1,13 +1,15 @@
-"""The plots of docs/performance.md, from the committed rows: `python -m benchmarks.plots`."""
+"""The plots of the docs, from the committed rows: `python -m benchmarks.plots`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import matplotlib
 
 from benchmarks.common import rows_of
 from benchmarks.layers.growth import SIZES, Row
+from benchmarks.study.rows import read_rows
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
@@ -21,7 +23,19 @@ LINES = {
     "expert_loop": ("loop over experts", "C4", "-"),
     "grouped_mm": ("sort + grouped_mm", "C5", "-"),
 }
+ROUTED = {
+    "mixlora": ("MixLoRA", "C0"),
+    "mixlora_router30": ("MixLoRA, routers' rate x 30", "C1"),
+    "remix_router10": ("ReMix, routers' rate x 10", "C2"),
+    "remix_router30": ("ReMix, routers' rate x 30", "C3"),
+}
 POOL = {"shape": "SmolLM2-135M up", "T": "1024", "k": "2", "M": "1", "routing": "uniform"}
+
+
+def routed_rows() -> list[Row]:
+    """The study's rows of instruction_induction, first seed, that say how training routed."""
+    rows = [row for row in read_rows().values() if row["method"] in ROUTED and row["routing"]]
+    return [row for row in rows if row["name"].startswith("main-instruction_induction")][:4]
 
 
 def cost_over_pool(rows: list[Row]) -> plt.Figure:
@@ -73,6 +87,26 @@ def step_over_selections(rows: list[Row]) -> plt.Figure:
     return figure
 
 
+def routing_while_training(rows: list[Row]) -> plt.Figure:
+    """ESS of a token's weights in training, and the weights at its end, of several methods."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.6, 3.2))
+    for row in rows:
+        series = json.loads(row["routing"])
+        steps = [point["step"] for point in series]
+        label, color = ROUTED[row["method"]]
+        for axes, key in ((left, "ess"), (middle, "policy_ess")):
+            axes.plot(steps, [point[key] for point in series], "o-", ms=3, color=color, label=label)
+        counts = series[-1]["weights"]
+        bins = [(index + 0.5) / len(counts) for index in range(len(counts))]
+        shares = [count / sum(counts) for count in counts]
+        right.plot(bins, shares, drawstyle="steps-mid", color=color)
+    left.set(xlabel="step", ylabel="ESS of a token's weights", ylim=(1, 2.05))
+    middle.set(xlabel="step", ylabel="ESS of softmax(z), of 8", ylim=(1, 8))
+    right.set(xlabel="weight, at the end", ylabel="share of weights", yscale="log")
+    middle.legend(fontsize=7, frameon=False)
+    return figure
+
+
 def main() -> None:
     """Write every plot whose rows are there."""
     plt.rcParams.update({"svg.hashsalt": "remix", "svg.fonttype": "none", "font.size": 9})
@@ -80,6 +114,7 @@ def main() -> None:
     plots = {
         "cost_over_pool": (cost_over_pool, rows_of("grid", *SIZES, "variant")),
         "step_over_selections": (step_over_selections, rows_of("estimators_steps", "case")),
+        "routing_while_training": (routing_while_training, routed_rows()),
     }
     for name, (draw, rows) in plots.items():
         if not rows:

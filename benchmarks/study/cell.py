@@ -65,6 +65,8 @@ def run_cell(cell: Cell, folder: Path, data: Path) -> dict[str, Any]:
     else:
         row |= scored(cell, folder / "run", data)
     row |= trained(metrics)
+    series = routing_series(folder / "run")
+    row["routing"] = json.dumps(series) if series else ""
     row["seconds"] = round(time.perf_counter() - began, 1)
     return {key: row[key] for key in COLUMNS if key in row}
 
@@ -164,6 +166,27 @@ def trained(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "train_loss": f"{statistics.mean(last):.4f}",
         "train_losses": json.dumps([[e["step"], round(e["loss"], 4)] for e in entries]),
     }
+
+
+def routing_series(run: Path) -> list[dict[str, Any]]:
+    """How the tokens of the last steps were routed, at each log of the training.
+
+    Returns:
+        By log: step; ess, policy_ess, share_ess: means over layers and tokens; ess_min: the least
+        of any token in the last layer; weights: how many were in each of 20 bins of [0, 1]. Empty
+        without routers.
+    """
+    from remix_model.routing_log import ROUTING_FILE, read_lines
+
+    series = []
+    for line in read_lines(run / ROUTING_FILE) if (run / ROUTING_FILE).exists() else ():
+        if "weight_histogram" in line:
+            means = {key: statistics.mean(line[key]) for key in ("ess", "policy_ess", "share_ess")}
+            point = {"step": line["step"], **{key: round(v, 4) for key, v in means.items()}}
+            series.append(
+                {**point, "ess_min": line["ess_min"][-1], "weights": line["weight_histogram"]}
+            )
+    return series
 
 
 def tokens_seen(metrics: Mapping[str, Any]) -> int:

@@ -17,7 +17,7 @@ COLUMNS = (
     *("tokens", "train_seconds", "seconds", "tokens_per_s", "peak_rss_mib"),
     *("activated_parameters", "trainable_parameters"),
     *("ess", "policy_ess", "share_ess", "dead_experts", "least_ess", "weights"),
-    *("history", "train_losses"),
+    *("history", "routing", "train_losses"),
     *("date", "commit", "device", "threads", "torch", "transformers", "peft", "python"),
 )
 

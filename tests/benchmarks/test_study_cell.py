@@ -53,6 +53,14 @@ def test_a_cell_from_end_to_end(model_folder, tmp_path):
     assert int(row["tokens"]) > 0 and int(row["activated_parameters"]) > 0
     assert row["answered"] == "3"
     assert [point["step"] for point in json.loads(row["history"])] == [1, 2]
+    series = json.loads(row["routing"])
+    assert [(point["step"], point["ess"], point["ess_min"]) for point in series] == [
+        (1, K, K),
+        (2, K, K),
+    ]
+    assert all(1 < point["policy_ess"] < N for point in series)
+    halves = [sum(point["weights"][10:11]) for point in series]  # of all, in the bin of 0.5
+    assert halves == [sum(point["weights"]) for point in series] and min(halves) > 0
     assert float(row["train_loss"]) > 0
     left = {path.name for path in (tmp_path / "cells" / cell.name).iterdir()}
     assert left == {"spec.json", "log.txt", "row.json", "metrics.json"}
