@@ -26,7 +26,7 @@ LINES = {
 ROUTED = {
     "mixlora": ("MixLoRA", "C0"),
     "mixlora_router30": ("MixLoRA, routers' rate x 30", "C1"),
-    "remix_router10": ("ReMix, routers' rate x 10", "C2"),
+    "remix": ("ReMix", "C2"),
     "remix_router30": ("ReMix, routers' rate x 30", "C3"),
 }
 POOL = {"shape": "SmolLM2-135M up", "T": "1024", "k": "2", "M": "1", "routing": "uniform"}
@@ -34,8 +34,9 @@ POOL = {"shape": "SmolLM2-135M up", "T": "1024", "k": "2", "M": "1", "routing": 
 
 def routed_rows() -> list[Row]:
     """The study's rows of instruction_induction, first seed, that say how training routed."""
-    rows = [row for row in read_rows().values() if row["method"] in ROUTED and row["routing"]]
-    return [row for row in rows if row["name"].startswith("main-instruction_induction")][:4]
+    names = {f"main-instruction_induction-{method}-s0" for method in ROUTED}
+    rows = [row for row in read_rows().values() if row["name"] in names]
+    return [row for row in rows if row["routing"] or row["history"]]
 
 
 def cost_over_pool(rows: list[Row]) -> plt.Figure:
@@ -91,11 +92,13 @@ def routing_while_training(rows: list[Row]) -> plt.Figure:
     """ESS of a token's weights in training, and the weights at its end, of several methods."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.6, 3.2))
     for row in rows:
-        series = json.loads(row["routing"])
+        series = json.loads(row["routing"] or row["history"])
         steps = [point["step"] for point in series]
         label, color = ROUTED[row["method"]]
         for axes, key in ((left, "ess"), (middle, "policy_ess")):
             axes.plot(steps, [point[key] for point in series], "o-", ms=3, color=color, label=label)
+        if not row["routing"]:
+            continue
         counts = series[-1]["weights"]
         bins = [(index + 0.5) / len(counts) for index in range(len(counts))]
         shares = [count / sum(counts) for count in counts]

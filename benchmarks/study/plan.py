@@ -109,7 +109,7 @@ METHODS: dict[str, dict[str, Any]] = {
     **HELP,
 }
 # The same for longer: once through the training data instead of a quarter of it.
-LONG = {f"{name}_long": name for name in ("lora", "rslora", "mixlora", "remix_router10")}
+LONG = {f"{name}_long": name for name in ("lora", "rslora", "mixlora_router30", "remix_router30")}
 METHODS |= {name: METHODS[source] for name, source in LONG.items()}
 # Times the task's steps, so that all of a comparison take the same compute.
 STEPS_OF = {
@@ -126,11 +126,14 @@ RATE_OF = {
     **{name: "rslora" for name in METHODS if name.startswith("rslora_r")},
     **{name: "remix" for name in METHODS if name.startswith(("remix_k", "remix_m"))},
     **{name: name.split("_")[0] for name in HELP},
-    **{name: source.removesuffix("_router10") for name, source in LONG.items()},
+    **{name: source.removesuffix("_router30") for name, source in LONG.items()},
 }
 
 MAIN = ("lora", "mixlora", "remix", "remix_paper", "rslora", "lora_matched")
-HELPED = ("remix_router10",)  # what has helped there, on what nothing was tuned on
+HELPED = (
+    "remix_router30",
+    "mixlora_router30",
+)  # what has helped there, on what nothing was tuned on
 REST = ("hydralora", "mor", "dora", "vblora", "ia3")
 # (part of the study, task, methods, seeds), the most informative first.
 PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
@@ -141,8 +144,9 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("main", "instruction_induction", MAIN, (1, 2)),
     ("ablation", "instruction_induction", ("uniform", "remix_frozen"), (1, 2)),
     ("main", "trec", MAIN, SEEDS),
-    ("help", "trec", ("remix", "mixlora", *ROUTER_RATES), SEEDS),  # on the search's data
+    ("help", "trec", ("remix", "mixlora", *ROUTER_RATES), (0, 1)),  # on the search's data
     ("main", "instruction_induction", HELPED, SEEDS),
+    ("help", "trec", ("remix", "mixlora", *ROUTER_RATES), (2,)),
     ("main", "instruction_induction", REST, SEEDS),
     ("help", "trec", tuple(name for name in HELP if name not in ROUTER_RATES), SEEDS),
     ("longer", "instruction_induction", tuple(LONG), (0,)),
@@ -151,8 +155,9 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("experts", "instruction_induction", ("rslora_r8", "rslora_r16", "rslora_r32"), SEEDS),
     ("experts", "instruction_induction", ("remix_k1", "remix_k4", "remix_k3"), SEEDS),
     ("main", "gsm8k", ("base",), (0,)),
-    ("main", "gsm8k", ("lora", "mixlora", "remix", *HELPED), SEEDS),
+    ("main", "gsm8k", ("lora", "mixlora", "remix", *HELPED), (0,)),
     ("main", "trec", HELPED, SEEDS),
+    ("main", "gsm8k", ("lora", "mixlora", "remix", *HELPED), (1, 2)),
     ("main", "trec", REST, SEEDS),
     ("selections", "instruction_induction", ("remix_m8_matched", "remix_m8"), (0,)),
     ("selections", "instruction_induction", ("remix_m4_g1", "remix_m4_matched"), (1, 2)),

@@ -16,7 +16,6 @@ from benchmarks.common import rows_of, table
 from benchmarks.study.plan import (
     GRID,
     HELP,
-    HELPED,
     LONG,
     TASKS,
     Cell,
@@ -34,9 +33,11 @@ II = "instruction_induction"
 Row = Mapping[str, str]
 Found = dict[tuple[str, str], dict[int, Row]]  # by task and method, then by seed
 
-MAIN = ("base", "lora", "rslora", "dora", "vblora", "ia3", "mixlora", "hydralora", "mor")
-MAIN = (*MAIN, "remix_paper", "remix", *HELPED, "lora_matched")
-DRAWING = ("remix_paper", "remix", *HELPED, "uniform", "remix_frozen")
+MIXED = ("mixlora", "mixlora_router30", "hydralora", "mor")
+MAIN = ("base", "lora", "rslora", "dora", "vblora", "ia3", *MIXED)
+MAIN = (*MAIN, "remix_paper", "remix", "remix_router30", "lora_matched")
+GSM8K = ("base", "lora", "mixlora", "mixlora_router30", "remix", "remix_router30")
+DRAWING = ("remix_paper", "remix", "remix_router30", "uniform", "remix_frozen")
 EXPERTS = ("rslora_r8", "rslora_r16", "rslora_r32", "remix_k1", "remix", "remix_k3", "remix_k4")
 SELECTIONS = ("remix", "remix_m4_g1", "remix_m4_matched", "remix_m4")
 SELECTIONS = (*SELECTIONS, "remix_m8_matched", "remix_m8")
@@ -76,7 +77,7 @@ def study_section(rows: Mapping[str, Row]) -> str:
         *_search_table(rows),
     ]
     for task in TASKS:
-        methods = MAIN if task != "gsm8k" else ("base", "lora", "mixlora", "remix", *HELPED)
+        methods = GSM8K if task == "gsm8k" else MAIN
         lines += [f"**Main table, {task}**", "", *comparison(found, task, methods, "lora")]
     lines += ["**Kinds of routing**, held-out loss", "", *_routings(found)]
     lines += [
@@ -231,7 +232,7 @@ def _histories(found: Found) -> list[str]:
 
 def _weights(found: Found) -> list[str]:
     body = []
-    for method in ("mixlora", "hydralora", "mor", "remix"):
+    for method in (*MIXED, "remix", "remix_router30"):
         row = next(iter(found.get((II, method), {}).values()), None)
         if row is None or not row["weights"]:
             body.append([method, *[NOT_RUN] * 4])
