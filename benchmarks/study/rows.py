@@ -23,11 +23,15 @@ COLUMNS = (
 
 
 def read_rows(table: Path = TABLE) -> dict[str, dict[str, str]]:
-    """Whole rows by digest, the last of each; a line that was only half written is left out."""
+    """Whole rows by digest, the last of each; a line that was only half written is left out.
+
+    A column that is newer than the table is empty.
+    """
     if not table.exists():
         return {}
     with table.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if _is_whole(row)]
+        blank = dict.fromkeys(COLUMNS, "")
+        rows = [blank | row for row in csv.DictReader(file) if _is_whole(row)]
     return {row["digest"]: row for row in rows}
 
 

@@ -125,6 +125,9 @@ def test_a_half_written_line_is_survived(tmp_path):
     assert list(read_rows(table)) == [CELLS[0].digest]
     add_row({"name": CELLS[1].name, "digest": CELLS[1].digest, "options": '{"a": "1,2"}'}, table)
     assert table.read_text() == whole
+    older = table.with_name("older.csv")
+    older.write_text("name,digest\na,1\n")
+    assert read_rows(older)["1"]["python"] == ""
     with pytest.raises(ValueError, match=r"'lost' is not in rows\.COLUMNS"):
         add_row({"digest": "x", "lost": 1}, table)
 
