@@ -221,7 +221,10 @@ class TokenEvaluation(CheckedSteps):
         result: Any = Trainer.compute_loss(self, model, inputs, return_outputs=return_outputs)
         mask = inputs["labels"][:, 1:] != -100
         if self._rows_at_the_end() is None:
-            losses = mask * (result[0] if return_outputs else result)  # the mean for each
+            loss = result[0] if return_outputs else result
+            losses = torch.where(
+                mask, loss, 0.0
+            )  # the mean for each; nan where nothing is labelled
         else:  # one row's loss cannot be told from another's: all ranks compute them again
             losses, mask = token_losses(model, inputs)
         self._count_evaluated(losses, mask)

@@ -90,6 +90,10 @@ def test_metrics_change_no_loss(make_trainer):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(want, rel=1e-5)
     trainer.compute_metrics = lambda prediction: {}
     assert trainer.evaluate()["eval_loss"] == pytest.approx(want, rel=1e-5)
+    unlabelled = {key: value.clone() for key, value in data[0].items()}
+    unlabelled["labels"].fill_(-100)
+    more = trainer.evaluate([*data, unlabelled, unlabelled, unlabelled])  # a batch of their own
+    assert more["eval_loss"] == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.slow
