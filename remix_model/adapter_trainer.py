@@ -222,9 +222,7 @@ class TokenEvaluation(CheckedSteps):
         mask = inputs["labels"][:, 1:] != -100
         if self._rows_at_the_end() is None:
             loss = result[0] if return_outputs else result
-            losses = torch.where(
-                mask, loss, 0.0
-            )  # the mean for each; nan where nothing is labelled
+            losses = torch.where(mask, loss, 0.0)  # for each the mean: nan where there is none
         else:  # one row's loss cannot be told from another's: all ranks compute them again
             losses, mask = token_losses(model, inputs)
         self._count_evaluated(losses, mask)
