@@ -147,9 +147,9 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("help", "trec", ("remix", "mixlora", *ROUTER_RATES), (0, 1)),  # on the search's data
     ("main", "instruction_induction", HELPED, SEEDS),
     ("help", "trec", ("remix", "mixlora", *ROUTER_RATES), (2,)),
+    ("longer", "instruction_induction", tuple(LONG), (0,)),
     ("main", "instruction_induction", REST, SEEDS),
     ("help", "trec", tuple(name for name in HELP if name not in ROUTER_RATES), SEEDS),
-    ("longer", "instruction_induction", tuple(LONG), (0,)),
     ("omega", "instruction_induction", ("remix_lora_type",), SEEDS),
     ("selections", "instruction_induction", ("remix_m4_g1", "remix_m4_matched", "remix_m4"), (0,)),
     ("experts", "instruction_induction", ("rslora_r8", "rslora_r16", "rslora_r32"), SEEDS),
