@@ -241,6 +241,6 @@ def test_tables_read_rows():
     assert "2.000 ± 0.577" in text
     assert "| mixlora | 3 | 1.250 |" in text
     assert (
-        "| remix_wait | — | 123.5k | 0.0001 | 2.000 ± 0.577 | 0.000 ± 0.000 | 3.250 ± 0.433 |"
+        "| remix_router10 | — | 123.5k | 0.0001 | 2.000 ± 0.577 | 0.000 ± 0.000 | 3.250 ± 0.433 |"
         in text
     )
