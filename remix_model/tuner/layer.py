@@ -186,9 +186,16 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
                 "feed-forward blocks, which leaves no room for another: use set_adapter"
             )
         with self._brought_in():
-            pool, dropout = self._pool(names[0]), self.remix_dropout[names[0]]
-            base = partial(self.base_layer, *args, **kwargs)
-            return in_block(pool, base, x, dropout, self.training)
+            dropout: Any = self.remix_dropout[names[0]]
+            base: Any = self.base_layer
+            return in_block(
+                self._pool(names[0]),
+                partial(base, *args, **kwargs),
+                x,
+                dropout if self.training and dropout.p > 0.0 else None,
+                base if not args and not kwargs and is_plain(base) else None,
+                self.training,
+            )
 
     def _mixed(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """As forward; x is len(names) groups of equally many rows, group i for adapter names[i]."""

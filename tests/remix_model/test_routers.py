@@ -28,6 +28,7 @@ from remix_model import (
 )
 from remix_model.routers import ROUTERS, make_router
 from remix_model.site import find_sites
+from remix_model.tuner.layer import ReMixLayer
 from tests.remix_model.trainer_helpers import examples
 
 KINDS = {
@@ -119,10 +120,19 @@ def feed_forward(mlp, x, expert, config):
     return linear(mlp.down_proj, F.silu(linear(mlp.gate_proj, x)) * linear(mlp.up_proj, x))
 
 
-def test_whole_blocks_are_mixed(make_remix, make_batch, assert_same):
-    model = make_remix(router_type="mixlora_block")
+@pytest.mark.parametrize("way", ["one op", "two ops", "dropout", "reference"])
+def test_whole_blocks_are_mixed(way, make_remix, make_batch, assert_same):
+    model = make_remix(router_type="mixlora_block", lora_dropout=0.5 if way == "dropout" else 0)
+    model.train()
     mlp = model.base_model.model.model.layers[1].mlp
     config = model.peft_config["default"]
+    for layer in mlp.children() if way != "one op" else ():
+        if isinstance(layer, ReMixLayer):
+            layer.runtime["default"].backend = "reference" if way == "reference" else "auto"
+            if way == "two ops":
+                layer.base_layer.register_forward_hook(lambda *_: None)
+            if way == "dropout":  # that drops nothing, but might
+                layer.remix_dropout["default"].register_forward_hook(lambda _, args, y: args[0] * 1)
     x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
     router = mlp.gate_proj.remix_router["default"]
     shares = (x @ router.T).softmax(-1)
