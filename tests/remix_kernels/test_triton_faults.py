@@ -303,7 +303,7 @@ PROBLEMS = {
 }
 PROBLEMS["one_pass"] = Case(T=70, in_features=40, out_features=100, n=4, k=2, r=5)
 # Files that a strategy's imports from.
-PARTS = {"dense": ("triton_products",), "grouped": ("triton_sort",)}
+PARTS = {"dense": ("triton_products",), "grouped": ("triton_sort", "triton_grouped_products")}
 SHARED_X = Case(T=36, in_features=40, n=8, k=2, r=5, options=("M3",))
 
 
