@@ -40,6 +40,11 @@ CANNOT_MERGE = (
     "a ReMix adapter cannot be merged: which LoRAs apply depends on each token, so no single "
     "weight equals base plus adapter. Keep the adapter separate, or unload() it without merging."
 )
+CANNOT_ADD = (
+    "ReMix adapters cannot be added up: the experts of one mean nothing to the router of another. "
+    "Keep both (set_adapter, or adapter_names= for each row of a batch), or train one on both data "
+    "sets."
+)
 
 
 class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):

@@ -19,7 +19,7 @@ from remix_model.parallel import CHECKPOINT_WRAPPER
 from remix_model.site import RoutingSite
 from remix_model.tuner.adapter_files import misfit
 from remix_model.tuner.config import ReMixConfig
-from remix_model.tuner.layer import CANNOT_MERGE, ReMixLayer, linear_features
+from remix_model.tuner.layer import CANNOT_ADD, CANNOT_MERGE, ReMixLayer, linear_features
 from remix_model.tuner.loading import refuse_strays
 from remix_model.tuner.mixed_batch import mixed_batch
 
@@ -175,6 +175,10 @@ class ReMixModel(BaseTuner):
     ) -> None:
         """Refuse: see CANNOT_MERGE."""
         raise ValueError(CANNOT_MERGE)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: see CANNOT_ADD."""
+        raise ValueError(CANNOT_ADD)
 
     def activated_parameters(self) -> int:
         """Adapter parameters that one token passes through: k of n LoRAs, and the routers."""

@@ -155,6 +155,12 @@ def test_merging_is_refused_with_the_reason(how, make_remix, make_batch):
     assert torch.equal(logits(model, batch), before)
 
 
+def test_adding_adapters_up_is_refused_with_the_reason(two):
+    with pytest.raises(ValueError, match=r"cannot be added up.*set_adapter"):
+        two.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both")
+    assert set(two.peft_config) == {"default", "other"}
+
+
 # Several adapters -------------------------------------------------------------------------------
 
 
