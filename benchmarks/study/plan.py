@@ -109,7 +109,10 @@ METHODS: dict[str, dict[str, Any]] = {
     **HELP,
 }
 # The same for longer: once through the training data instead of a quarter of it.
-LONG = {f"{name}_long": name for name in ("lora", "rslora", "mixlora_router30", "remix_router30")}
+LONG = {
+    f"{name}_long": name
+    for name in ("lora", "rslora", "mixlora_router30", "remix_router30", "remix")
+}
 METHODS |= {name: METHODS[source] for name, source in LONG.items()}
 # Times the task's steps, so that all of a comparison take the same compute.
 STEPS_OF = {
@@ -135,6 +138,7 @@ HELPED = (
     "mixlora_router30",
 )  # what has helped there, on what nothing was tuned on
 REST = ("hydralora", "mor", "dora", "vblora", "ia3")
+LONGER = tuple(name for name in LONG if name != "remix_long")
 # (part of the study, task, methods, seeds), the most informative first.
 PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("main", "instruction_induction", ("base",), (0,)),
@@ -147,9 +151,12 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("help", "trec", ("remix", "mixlora", *ROUTER_RATES), (0, 1)),  # on the search's data
     ("main", "instruction_induction", HELPED, SEEDS),
     ("help", "trec", ("remix", "mixlora", *ROUTER_RATES), (2,)),
-    ("longer", "instruction_induction", tuple(LONG), (0,)),
+    ("longer", "instruction_induction", LONGER, (0,)),
     ("main", "instruction_induction", REST, SEEDS),
-    ("help", "trec", tuple(name for name in HELP if name not in ROUTER_RATES), (0, 1)),
+    ("help", "trec", tuple(name for name in HELP if name not in ROUTER_RATES), (0,)),
+    ("help", "trec", ("remix_experts4", "remix_wait", "remix_copies"), (1,)),
+    ("help", "trec", ("remix_dense", "remix_anneal"), (1,)),
+    ("longer", "instruction_induction", ("remix_long",), (0,)),
     ("omega", "instruction_induction", ("remix_lora_type",), SEEDS),
     ("selections", "instruction_induction", ("remix_m4_g1", "remix_m4_matched", "remix_m4"), (0,)),
     ("experts", "instruction_induction", ("rslora_r8", "rslora_r16", "rslora_r32"), SEEDS),
@@ -162,7 +169,7 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("selections", "instruction_induction", ("remix_m8_matched", "remix_m8"), (0,)),
     ("selections", "instruction_induction", ("remix_m4_g1", "remix_m4_matched"), (1, 2)),
     ("selections", "instruction_induction", ("remix_m4",), (1, 2)),
-    ("longer", "instruction_induction", tuple(LONG), (1, 2)),
+    ("longer", "instruction_induction", LONGER, (1, 2)),
 )
 # Scored six times while they train, with the first seed: how the kinds of routing come apart.
 WATCHED = ("mixlora", "remix", "remix_paper")

@@ -113,7 +113,7 @@ def test_longer_training_differs_in_its_steps_alone():
     cells = {(c.method, c.seed): c for c in wanted({}, guess=1e-3) if c.task == task}
     for name, source in LONG.items():
         assert (rate_source(name), METHODS[name]) == (rate_source(source), METHODS[source])
-        assert cells[name, 1].steps == 4 * cells[source, 1].steps
+        assert cells[name, 0].steps == 4 * cells[source, 0].steps
 
 
 def test_a_half_written_line_is_survived(tmp_path):
