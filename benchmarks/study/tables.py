@@ -41,6 +41,9 @@ DRAWING = ("remix_paper", "remix", "remix_router30", "uniform", "remix_frozen")
 EXPERTS = ("rslora_r8", "rslora_r16", "rslora_r32", "remix_k1", "remix", "remix_k3", "remix_k4")
 SELECTIONS = ("remix", "remix_m4_g1", "remix_m4_matched", "remix_m4")
 SELECTIONS = (*SELECTIONS, "remix_m8_matched", "remix_m8")
+# Whom the others are held to, pair by pair; by task, since gsm8k has fewer.
+RIVALS = ("rslora", "mixlora", "mixlora_router30", "remix", "remix_router30")
+LONG_RIVALS = tuple(f"{name}_long" for name in ("rslora", "mixlora_router30", "remix_router30"))
 
 
 def main() -> None:
@@ -79,6 +82,10 @@ def study_section(rows: Mapping[str, Row]) -> str:
     for task in TASKS:
         methods = GSM8K if task == "gsm8k" else MAIN
         lines += [f"**Main table, {task}**", "", *comparison(found, task, methods, "lora")]
+        rivals = [name for name in RIVALS if name in methods]
+        lines += ["Differences in loss:", "", *_differences(found, task, methods, rivals)]
+    lines += ["**Without learning**: routers as initialised, evenly drawn experts", ""]
+    lines += comparison(found, II, ("remix", "remix_frozen", "uniform"), "remix")
     lines += ["**Kinds of routing**, held-out loss", "", *_routings(found)]
     lines += [
         "**While training** (instruction_induction, first seed, every other held-out batch)",
@@ -90,6 +97,7 @@ def study_section(rows: Mapping[str, Row]) -> str:
     lines += ["**Selections**", "", *comparison(found, II, SELECTIONS, "remix")]
     lines += ["**Longer**: four times the steps, once through the training data", ""]
     lines += comparison(found, II, tuple(LONG), "lora_long")
+    lines += ["Differences in loss:", "", *_differences(found, II, tuple(LONG), LONG_RIVALS)]
     lines += ["**ω**: 2/√(k r) (remix), 2/(k r)", ""]
     lines += comparison(found, II, ("remix", "remix_lora_type"), "remix")
     lines += ["**What may help**, by the loss on held-out training data of trec", ""]
@@ -156,6 +164,22 @@ def comparison(
     return table([*head, {"policy_ess": "ESS of the policy"}.get(last, last)], body)
 
 
+def _differences(
+    found: Found, task: str, methods: Sequence[str], references: Sequence[str]
+) -> list[str]:
+    """Every method with a row over every reference, seed by seed."""
+    body = []
+    for method in (name for name in methods if found.get((task, name))):
+        over = [
+            "" if other == method else paired(found[task, method], found.get((task, other), {}))
+            for other in references
+        ]
+        body.append([method, *over])
+    if not body:
+        return [NOT_RUN, ""]
+    return table(["method", *(f"− {name}" for name in references)], body)
+
+
 def _of_all(rows: Sequence[Row], whole: Sequence[Row], values: Sequence[float]) -> str:
     """Mean and error of a column; not of the survivors, where some seeds diverged."""
     if len(whole) < len(rows):
@@ -205,14 +229,17 @@ def _routings(found: Found) -> list[str]:
             if (task, method) in found:
                 rows = list(found[task, method].values())
                 if not all(math.isfinite(loss_of(row)) for row in rows):
-                    body.append([task, method, *["diverged"] * (len(columns) + 2)])
+                    body.append([task, method, *["diverged"] * (2 * len(columns))])
                     continue
                 whole = [row for row in rows if row["loss_sampled"]]
                 values = [[float(row[column]) for row in whole] for column in columns]
-                gaps = [b - a for a, b in zip(values[0], values[1], strict=True)]
+                gaps = [
+                    [b - a for a, b in zip(values[0], kind, strict=True)] for kind in values[1:]
+                ]
                 policy = spread([float(row["policy_ess"]) for row in whole if row["policy_ess"]], 2)
-                body.append([task, method, *map(spread, values), spread(gaps), policy])
-    head = ["task", "method", "top-k", "sampled", "random", "one subset", "sampled − top-k"]
+                body.append([task, method, *map(spread, values), *map(spread, gaps), policy])
+    kinds = ("sampled", "random", "one subset")
+    head = ["task", "method", "top-k", *kinds, *(f"{kind} − top-k" for kind in kinds)]
     return table([*head, "ESS of the policy"], body)
 
 

@@ -220,7 +220,25 @@ def test_a_seed_that_diverged_is_not_left_out_of_a_mean():
     assert text[2] == "| remix | — | 500 | 0.1 | diverged | 0.000 (one seed) | diverged |"
     assert "| 0.900 (one seed) |" in text[3]
     line = tables._routings(found)[2]
-    assert line.count("diverged") == 6
+    assert line.count("diverged") == 8
+
+
+def test_every_method_is_held_to_every_rival():
+    found = {
+        ("trec", "lora"): {0: {"loss": "1.5"}, 1: {"loss": "2.8"}},
+        ("trec", "remix"): {0: {"loss": "1.0"}, 1: {"loss": "2.5"}},
+        ("trec", "mixlora"): {},
+    }
+    lines = tables._differences(found, "trec", ("lora", "mixlora", "remix"), ("remix", "mixlora"))
+    assert lines[2:4] == ["| lora | +0.400 ± 0.100 | not run |", "| remix |  | not run |"]
+    assert tables._differences(found, "trec", ("mixlora",), ("remix",)) == ["not run", ""]
+
+
+def test_kinds_of_routing_are_held_to_top_k():
+    kinds = {"loss": "1.0", "loss_sampled": "1.25", "loss_random": "1.5", "loss_fixed": "1.75"}
+    rows = {seed: {**kinds, "policy_ess": "2"} for seed in (0, 1)}
+    line = tables._routings({("trec", "remix"): rows})[2]
+    assert "| 0.250 ± 0.000 | 0.500 ± 0.000 | 0.750 ± 0.000 | 2.00 ± 0.00 |" in line
 
 
 def test_tables_read_rows():
