@@ -164,12 +164,10 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("main", "gsm8k", ("base",), (0,)),
     ("main", "gsm8k", ("lora", "mixlora", "remix", *HELPED), (0,)),
     ("main", "trec", HELPED, SEEDS),
+    ("longer", "instruction_induction", LONGER, (1, 2)),
+    ("selections", "instruction_induction", ("remix_m8_matched", "remix_m8"), (0,)),
     ("main", "gsm8k", ("lora", *HELPED), (1, 2)),
     ("main", "trec", REST, SEEDS),
-    ("selections", "instruction_induction", ("remix_m8_matched", "remix_m8"), (0,)),
-    ("selections", "instruction_induction", ("remix_m4_g1", "remix_m4_matched"), (1, 2)),
-    ("selections", "instruction_induction", ("remix_m4",), (1, 2)),
-    ("longer", "instruction_induction", LONGER, (1, 2)),
 )
 # Scored six times while they train, with the first seed: how the kinds of routing come apart.
 WATCHED = ("mixlora", "remix", "remix_paper")
