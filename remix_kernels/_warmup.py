@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from remix_kernels._dispatch import resolve_backend
-from remix_kernels.ops import routed_linear, sample_top_k, selection_log_prob_bwd
+from remix_kernels.ops import routed_linear, routed_lora, sample_top_k, selection_log_prob_bwd
 
 
 class RoutedShape(NamedTuple):
@@ -28,6 +28,9 @@ class RoutedShape(NamedTuple):
     strategy: str = "auto"
     device: torch.device | None = None  # None: a GPU where there is one
     unordered: bool = False  # whether the router trains on the probability of the set
+    weighted: bool = False  # the chosen experts have learned weights, and nothing is drawn
+    selections: int = 1  # of each row, top_k experts each
+    alone: bool = False  # the frozen linear runs by itself: it is quantised, or dropout comes first
 
 
 def warmup(
@@ -106,7 +109,7 @@ def shapes_of(model: nn.Module) -> list[RoutedShape]:
 
 
 def _run(shape: RoutedShape, rows: int, device: torch.device) -> None:
-    """The top k without gradients; drawn experts with them, and a router's gradient."""
+    """The top k without gradients; with them the top k, drawn experts, and a router's gradient."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int, dtype: torch.dtype) -> Tensor:
@@ -120,18 +123,34 @@ def _run(shape: RoutedShape, rows: int, device: torch.device) -> None:
     lora_B = lora_B.transpose(1, 2).requires_grad_()  # laid out as the layers have it
     logits = random(rows, n, dtype=torch.float32)
 
+    how: dict[str, Any] = {"backend": shape.backend, "strategy": shape.strategy, "check": False}
+
     def op(index: Tensor) -> Tensor:
-        choice = {"backend": shape.backend, "strategy": shape.strategy}
-        return routed_linear(x, weight, None, lora_A, lora_B, index, 0.5, check=False, **choice)
+        weights: Tensor | float = 0.5
+        if shape.selections > 1:
+            index = index.expand(shape.selections, -1, -1)
+        if shape.weighted:
+            weights = random(*index.shape, dtype=torch.float32).requires_grad_()
+        if not shape.alone:
+            return routed_linear(x, weight, None, lora_A, lora_B, index, weights, **how)
+        base = None
+        if shape.selections == 1:
+            base = random(*index.shape[:-1], shape.out_features, dtype=shape.dtype)
+        return routed_lora(x, lora_A, lora_B, index, weights, base=base, **how)
 
     top_k = logits.topk(shape.top_k).indices  # int64, as a layer's own
     with torch.no_grad():
         op(top_k)
-    drawn = sample_top_k(logits, shape.top_k, seed=0, backend=shape.backend)
-    ones = logits.new_ones(rows)
-    selection_log_prob_bwd(logits, drawn, ones, unordered=shape.unordered, backend=shape.backend)
+    chosen = [top_k]
+    if not shape.weighted:
+        drawn = sample_top_k(logits, shape.top_k, seed=0, backend=shape.backend)
+        ones = logits.new_ones(rows)
+        selection_log_prob_bwd(
+            logits, drawn, ones, unordered=shape.unordered, backend=shape.backend
+        )
+        chosen.append(drawn)
     with torch.enable_grad():
-        for index in (drawn, top_k):
+        for index in chosen:
             y = op(index)
             torch.autograd.backward(y, torch.ones_like(y))
     if device.type == "cuda":
@@ -141,4 +160,10 @@ def _run(shape: RoutedShape, rows: int, device: torch.device) -> None:
 def _describe(shape: RoutedShape) -> str:
     sizes = f"{shape.in_features} -> {shape.out_features}, n={shape.num_experts}"
     dtypes = f"{shape.dtype} with {shape.adapter_dtype} adapters".replace("torch.", "")
-    return f"{sizes}, k={shape.top_k}, r={shape.r}, {dtypes}"
+    kinds = {
+        "learned weights": shape.weighted,
+        f"{shape.selections} selections": shape.selections > 1,
+        "apart from the linear": shape.alone,
+    }
+    what = "".join(f", {kind}" for kind, holds in kinds.items() if holds)
+    return f"{sizes}, k={shape.top_k}, r={shape.r}, {dtypes}{what}"

@@ -9,7 +9,7 @@ hidden values; the frozen weights see every row once,
     down       W (sum_j w_j h_j) + sum_i B_i l_i              [k B, ...] -> [B, ...]
                l_i = s w_j A_i h_j where i = i_j, else 0
 
-since W is linear and the weights add up to 1 (so a bias counts once), and so is B.
+since W and B are linear. The weights add up to 1, so a bias counts once.
 
 Source: Li et al. 2024, arXiv 2404.15159, section 3.2; the sharing is ours.
 """
@@ -27,6 +27,8 @@ from remix_model.sharing import FollowingSite
 
 if TYPE_CHECKING:
     from remix_model.layer import Pool
+
+FEW_ROWS = 16  # of which each chosen B is met by itself
 
 
 def in_block(
@@ -49,8 +51,17 @@ def in_block(
 
     Returns:
         [k B, ..., out]; the block's last linear's [B, ..., out].
+
+    Raises:
+        ValueError: x is one row without a batch, or has other rows than the block's first linear.
+        RuntimeError: The block's first linear has not run before it.
     """
     site = pool.site
+    if x.dim() < 2:
+        raise ValueError(
+            f"{site.name} got x {list(x.shape)}; experts that are whole blocks need [B, ..., in]: "
+            "x.unsqueeze(0)"
+        )
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     selection = site.select(x, pool.router, training)
@@ -59,13 +70,18 @@ def in_block(
         assert selection.weights is not None
         weights = selection.weights.movedim(-1, 0).unsqueeze(-1)  # [k, B, ..., 1]
         return _together(pool, base, x.unflatten(0, (site.top_k, -1)), dropout, index, weights)
-    how: dict[str, Any] = {"backend": pool.backend, "strategy": pool.strategy, "check": False}
     adapters = (pool.lora_A, pool.lora_B, index, pool.scaling)
     if plain is not None and dropout is None:
-        return routed_linear(x, plain.weight, plain.bias, *adapters, **how).flatten(0, 1)
+        y = routed_linear(x, plain.weight, plain.bias, *adapters, **_how(pool))
+        return y.flatten(0, 1)
     y = base(x)
     dropped = x if dropout is None else dropout(x)
-    return (y + routed_lora(dropped.to(y.dtype), *adapters, **how)).flatten(0, 1)
+    return (y + routed_lora(dropped.to(y.dtype), *adapters, **_how(pool))).flatten(0, 1)
+
+
+def _how(pool: Pool) -> dict[str, Any]:
+    """Options of the ops, for experts that a site has chosen."""
+    return {"backend": pool.backend, "strategy": pool.strategy, "check": False}
 
 
 def _together(
@@ -79,20 +95,15 @@ def _together(
     """The last linear: hidden [k, B, ..., in], index and weights [k, B, ..., 1]."""
     mixed, hidden = _WeightedSum.apply(hidden, weights)
     y = base(mixed)
-    n, _, r = pool.lora_B.shape
+    hidden = (hidden if dropout is None else dropout(hidden)).to(y.dtype)
+    chosen = (index, weights * pool.scaling)
+    k, (n, out_features, r) = len(index), pool.lora_B.shape
+    if weights[0].numel() < FEW_ROWS or 2 * k * n * r > (k - 1) * out_features:
+        return y + routed_lora(hidden, pool.lora_A, pool.lora_B, *chosen, **_how(pool)).sum(0)
     # Each slot's A h goes to its expert's place among n r numbers, which are then added over slots:
     # B, and everything as wide as its output, is met once a row.
     places = torch.eye(n * r, dtype=y.dtype, device=y.device).view(n, r, n * r).transpose(1, 2)
-    low = routed_lora(
-        (hidden if dropout is None else dropout(hidden)).to(y.dtype),
-        pool.lora_A,
-        places,
-        index,
-        weights * pool.scaling,
-        backend=pool.backend,
-        strategy=pool.strategy,
-        check=False,
-    ).sum(0)
+    low = routed_lora(hidden, pool.lora_A, places, *chosen, **_how(pool)).sum(0)
     packed_b = pool.lora_B.to(y.dtype).transpose(1, 2).flatten(0, 1)  # [n r, out]
     return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), packed_b).view(y.shape)
 
@@ -122,5 +133,7 @@ class _WeightedSum(torch.autograd.Function):
             dweights = torch.stack(parts)
         if not ctx.needs_input_grad[0]:
             return None, dweights
+        # In place: dhidden is what the adapters' op, or dropout, has just made for us alone. A
+        # compiled graph may not change its inputs, and fuses the addition anyway.
         add = torch.addcmul if torch.compiler.is_compiling() else Tensor.addcmul_
         return add(dhidden, dy, weights.to(dy.dtype)), dweights

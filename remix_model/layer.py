@@ -14,6 +14,7 @@ from remix_kernels import RoutedShape, routed_linear, routed_lora
 from remix_model.decode import decode_row, is_plain
 from remix_model.learned import LearnedSite
 from remix_model.routers import Router, make_router
+from remix_model.sharing import FollowingSite
 from remix_model.site import RoutedModule, RoutingSite, Selection
 
 GRANULARITIES = ("token", "sequence")
@@ -162,22 +163,38 @@ class Pool(NamedTuple):
             return selection.weights * self.scaling
         return self.scaling * (self.site.router.top_k / selection.index.shape[-1])
 
-    def shape(self, dtype: torch.dtype) -> RoutedShape:
-        """What the kernels are compiled for, on x of `dtype`."""
+    def shapes(self, dtype: torch.dtype, plain: bool, dropout: nn.Module) -> list[RoutedShape]:
+        """What the kernels are compiled for.
+
+        Args:
+            dtype: Of x.
+            plain: Whether one op runs the frozen linear too.
+            dropout: On the adapters' input, in training: then two ops run.
+
+        Returns:
+            One or two; none of the last linear of experts that are whole blocks.
+        """
         n, out_features, r = self.lora_B.shape
-        in_features = self.lora_A.shape[2]
-        return RoutedShape(
-            in_features,
+        blocks = self.site.whole_blocks  # whose chosen experts are selections, unweighted
+        if blocks and isinstance(self.site, FollowingSite) and self.site.is_last_of_block():
+            return []
+        shape = RoutedShape(
+            self.lora_A.shape[2],
             out_features,
             n,
-            self.site.top_k,
+            1 if blocks else self.site.top_k,
             r,
             dtype,
             self.lora_A.dtype,
             self.backend,
             self.strategy,
             self.lora_A.device,
+            weighted=self.site.router.learned and not blocks,
+            selections=self.site.top_k if blocks else 1,
         )
+        dropped = isinstance(dropout, nn.Dropout) and dropout.p > 0.0
+        kinds = {not plain, dropped or not plain}
+        return [shape._replace(alone=alone) for alone in sorted(kinds)]
 
     def add(self, x: Tensor, base: Tensor, dropout: nn.Module, training: bool) -> Tensor:
         """The chosen adapters of x [..., in], after dropout, added to base [..., out]."""
@@ -300,8 +317,9 @@ class RoutedLoRALinear(nn.Module, RoutedModule):
         return {"default": (self.site, self.router)}
 
     def routed_shapes(self) -> list[RoutedShape]:
-        """One pool."""
-        return [self._pool().shape(self.base_layer.weight.dtype)]
+        """One pool's."""
+        base = self.base_layer
+        return self._pool().shapes(base.weight.dtype, is_plain(base), self.dropout)
 
     def _pool(self) -> Pool:
         return Pool(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from remix_model.delivery import in_backward
+
 if TYPE_CHECKING:
     from remix_model.routers import Router
     from remix_model.site import Selection
@@ -42,33 +44,44 @@ class SharedSelection:
         self._selection = selection if self.followers else None
         self._waiting = set(self.followers)
 
-    def take(self, name: str, rows: tuple[int, ...], folds: int = 1) -> Selection:
+    def take(
+        self, name: str, rows: tuple[int, ...], folds: int = 1, whole_blocks: bool = False
+    ) -> Selection:
         """What it chose, for one of the others; the last to take it lets go of it.
 
         Args:
             name: Of the linear that asks.
             rows: Of its input, [B, T].
             folds: How often the first linear's B sequences are in B.
+            whole_blocks: Whether experts are whole blocks, for errors.
 
         Raises:
             RuntimeError: It has not run in this pass.
             ValueError: It had other rows.
         """
         if self._selection is None or name not in self._waiting:
+            if in_backward():
+                raise RuntimeError(
+                    f"{name} is recomputed in the backward pass without {self.leader}, whose "
+                    "router it follows: checkpoint the whole block, not one of its linears"
+                )
             raise RuntimeError(
                 f"{name} follows the router of {self.leader}, which has not run before it in this "
                 "pass: leave one of the two out of target_modules (attention runs in another order "
                 "than it is registered in some models), or use router_sharing='module'"
             )
         selection = self._selection
-        first, *rest = selection.index.shape[:-1]
-        if (first * folds, *rest) != rows:
+        had = tuple(selection.index.shape[:-1])
+        if rows != (had if folds == 1 else (had[0] * folds, *had[1:])):
             fix = "use router_sharing='module'"
-            if folds > 1:
-                fix = "experts are whole feed-forward blocks: leave other linears out"
+            if whole_blocks:
+                fix = (
+                    "experts are whole feed-forward blocks, whose linears must be registered in "
+                    "the order in which they run: leave other linears out"
+                )
             raise ValueError(
                 f"{name} got {list(rows)} rows and follows the router of {self.leader}, which had "
-                f"{[first, *rest]}{f' ({folds} of each here)' if folds > 1 else ''}: {fix}"
+                f"{list(had)}{f' ({folds} of each here)' if folds > 1 else ''}: {fix}"
             )
         self._waiting.discard(name)
         if not self._waiting:
@@ -94,7 +107,7 @@ class FollowingSite:
     def select(self, x: Tensor, router: Tensor | None, training: bool) -> Selection:
         """The experts that the block's first linear chose for the same rows."""
         folds = self.top_k if self.is_last_of_block() else 1
-        return self.shared.take(self.name, tuple(x.shape[:-1]), folds)
+        return self.shared.take(self.name, tuple(x.shape[:-1]), folds, self.whole_blocks)
 
     def is_last_of_block(self) -> bool:
         """Whether experts are whole blocks, which come together in this linear."""

@@ -38,7 +38,8 @@ class Router:
     learned: bool = True  # else a policy
     dense: ClassVar[bool] = False  # rows take all n experts, whatever top_k says
     shared_a: ClassVar[bool] = False  # all experts have one A
-    whole_blocks: ClassVar[bool] = False  # experts are feed-forward blocks, not linears
+    # Experts are whole feed-forward blocks, not linears: learned weights only, which add up to 1.
+    whole_blocks: ClassVar[bool] = False
     random: ClassVar[bool] = False  # drawn outside sampling too
     linear: ClassVar[bool] = False  # logits are weight @ x
     # router_kwargs and their defaults.
@@ -167,7 +168,8 @@ def make_router(router_type: Any, num_experts: int, top_k: int, kwargs: Any = No
     """The router of a pool.
 
     Raises:
-        ValueError: The type is unknown, or an option is unknown or out of range.
+        ValueError: The type is unknown, an option is unknown or out of range, or the class says
+            what cannot be had together.
     """
     if not isinstance(router_type, str) or router_type not in ROUTERS:
         raise ValueError(
@@ -177,4 +179,10 @@ def make_router(router_type: Any, num_experts: int, top_k: int, kwargs: Any = No
     kwargs = {} if kwargs is None else kwargs
     if not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
         raise ValueError(f"router_kwargs={kwargs!r} must be a mapping from names")
-    return ROUTERS[router_type](num_experts, top_k, **kwargs)
+    router = ROUTERS[router_type](num_experts, top_k, **kwargs)
+    if router.whole_blocks and not router.learned:
+        raise ValueError(
+            f"router_type={router_type!r}: a policy (learned = False) cannot have whole_blocks, "
+            "whose experts are mixed by learned weights"
+        )
+    return router

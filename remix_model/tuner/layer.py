@@ -146,10 +146,14 @@ class ReMixLayer(nn.Module, BaseTunerLayer, RoutedModule):
         """Of every active adapter; x in the frozen weight's dtype, a quantised one's in ours."""
         weight: Any = self.get_base_layer().weight
         names = [name for name in self.active_adapters if name in self.sites]
-        return [
-            pool.shape(weight.dtype if weight.is_floating_point() else pool.lora_A.dtype)
-            for pool in map(self._pool, names)
-        ]
+        base: Any = self._modules["base_layer"]
+        plain = len(names) == 1 and is_plain(base)
+        shapes: list[RoutedShape] = []
+        for name in names:
+            pool = self._pool(name)
+            dtype = weight.dtype if weight.is_floating_point() else pool.lora_A.dtype
+            shapes += pool.shapes(dtype, plain, self.remix_dropout[name])
+        return shapes
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: see CANNOT_MERGE."""

@@ -273,7 +273,8 @@ def _check_whole_blocks(model: nn.Module, layers: dict[str, ReMixLayer], adapter
         left = [
             child
             for child, module in children.items()
-            if not isinstance(module, ReMixLayer) and _is_linear(module)
+            if (f"{parent}.{child}" if parent else child) not in layers  # of this adapter
+            and (isinstance(module, ReMixLayer) or _is_linear(module))
         ]
         if left or site.shared is None:
             missing = f"{', '.join(left)} is not adapted" if left else "it has one linear"

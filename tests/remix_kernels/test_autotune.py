@@ -217,17 +217,18 @@ def test_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # warmup ---------------------------------------------------------------------------------------
 
-Launched = set[tuple[str, tuple[torch.dtype, ...]]]
+Launched = set[tuple[str, tuple[torch.dtype, ...], tuple[tuple[str, Any], ...]]]
 
 
 @contextmanager
 def launches() -> Iterator[Launched]:
-    """Every kernel that runs inside, with the dtypes of its tensors: what compiles for itself."""
+    """Every kernel that runs inside, with its tensors' dtypes and its constants: what compiles."""
     seen: Launched = set()
 
     def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> bool:
         dtypes = tuple(v.dtype for v in arguments.values() if isinstance(v, torch.Tensor))
-        seen.add((kernel.fn.__name__, dtypes))
+        constants = tuple(item for item in sorted(arguments.items()) if item[0].isupper())
+        seen.add((kernel.fn.__name__, dtypes, constants))
         return True
 
     with observe(note):
@@ -267,7 +268,67 @@ def test_warmup_runs_what_a_model_will(strategy: str, unordered: bool) -> None:
             losses = layer(x.requires_grad_()).square().mean(-1, keepdim=True)
             loss = routing.loss(losses, torch.ones_like(losses, dtype=torch.bool))
         loss.backward()
-    assert any("dense" in name or "grouped" in name for name, _ in used)
+    assert any("dense" in name or "grouped" in name for name, *_ in used)
+    assert used <= warmed, used - warmed
+
+
+@pytest.mark.parametrize("strategy", ["auto", "dense", "grouped", "gather"])
+@pytest.mark.parametrize("router_type", ["mixlora", "hydralora", "remix"])
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.5])
+def test_warmup_runs_what_learned_routers_and_dropout_will(
+    router_type: str, lora_dropout: float, strategy: str
+) -> None:
+    layer = RoutedLoRALinear(
+        torch.nn.Linear(24, 40, bias=False),
+        num_experts=4,
+        top_k=2,
+        r=3,
+        router_type=router_type,
+        lora_dropout=lora_dropout,
+        backend="triton",
+        strategy=strategy,
+    ).to(DEVICE)
+    with launches() as warmed:
+        done = warmup(layer, rows=(1, 6), verbose=False)
+    assert len(done) == (4 if lora_dropout else 2)
+    with launches() as used, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # trained outside sample_routing, on purpose
+        with torch.no_grad():
+            layer.eval()(torch.randn(1, 24, device=DEVICE))
+        layer.train()(torch.randn(6, 24, device=DEVICE, requires_grad=True)).sum().backward()
+    assert len(used) > 2
+    assert used <= warmed, used - warmed
+
+
+def test_warmup_of_whole_blocks_leaves_out_their_last_linears() -> None:
+    from peft import get_peft_model
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(24, 40), torch.nn.Linear(40, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(x).relu())
+
+    config = ReMixConfig(
+        num_experts=4,
+        top_k=2,
+        r=3,
+        router_type="mixlora_block",
+        router_kwargs={"load_balancing_coef": 0.0},
+        target_modules=["up", "down"],
+        runtime_config={"backend": "triton"},
+    )
+    model = get_peft_model(torch.nn.Sequential(Block()), config).to(DEVICE)
+    with launches() as warmed:
+        done = warmup(model, rows=6, verbose=False)
+    assert [(s.in_features, s.top_k, s.selections) for s, _ in done] == [(24, 1, 2)]
+    up = model.base_model.model[0].up
+    with launches() as used:
+        y = up(torch.randn(6, 24, device=DEVICE, requires_grad=True))
+        y.sum().backward()
+    assert len(used) > 2
     assert used <= warmed, used - warmed
 
 

@@ -28,7 +28,6 @@ from remix_model import (
 )
 from remix_model.routers import ROUTERS, make_router
 from remix_model.site import find_sites
-from remix_model.tuner.layer import ReMixLayer
 from tests.remix_model.trainer_helpers import examples
 
 KINDS = {
@@ -107,62 +106,6 @@ def test_the_gradient_may_stop_at_the_router(assert_same):
     got = torch.autograd.grad(layer(x).square().sum(), (x, layer.router))
     assert_same(got[0], want, 1e-6)
     assert float(got[1].norm()) > 1e-3
-
-
-def feed_forward(mlp, x, expert, config):
-    """A Llama block's feed-forward with one expert's LoRAs merged into it."""
-
-    def linear(layer, h):
-        weight = layer.base_layer.weight
-        a, b = layer.remix_lora_A["default"][expert], layer.remix_lora_B["default"][expert]
-        return h @ (weight + config.lora_alpha / config.r**0.5 * b @ a).T
-
-    return linear(mlp.down_proj, F.silu(linear(mlp.gate_proj, x)) * linear(mlp.up_proj, x))
-
-
-@pytest.mark.parametrize("way", ["one op", "two ops", "dropout", "reference"])
-def test_whole_blocks_are_mixed(way, make_remix, make_batch, assert_same):
-    model = make_remix(router_type="mixlora_block", lora_dropout=0.5 if way == "dropout" else 0)
-    model.train()
-    mlp = model.base_model.model.model.layers[1].mlp
-    config = model.peft_config["default"]
-    for layer in mlp.children() if way != "one op" else ():
-        if isinstance(layer, ReMixLayer):
-            layer.runtime["default"].backend = "reference" if way == "reference" else "auto"
-            if way == "two ops":
-                layer.base_layer.register_forward_hook(lambda *_: None)
-            if way == "dropout":  # that drops nothing, but might
-                layer.remix_dropout["default"].register_forward_hook(lambda _, args, y: args[0] * 1)
-    x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
-    router = mlp.gate_proj.remix_router["default"]
-    shares = (x @ router.T).softmax(-1)
-    top, index = shares.topk(K, -1)
-    weights = torch.zeros_like(shares).scatter(-1, index, top / top.sum(-1, keepdim=True))
-    outputs = torch.stack([feed_forward(mlp, x, i, config) for i in range(4)], -1)
-    want = (outputs * weights.unsqueeze(-2)).sum(-1)
-    inputs = [x, *(p for p in mlp.parameters() if p.requires_grad)]
-    dy = torch.randn_like(want)
-    want_grads = torch.autograd.grad((want * dy).sum(), inputs)
-    got = mlp(x)
-    assert_same(got, want, 1e-6)
-    for grad, want_grad in zip(
-        torch.autograd.grad((got * dy).sum(), inputs), want_grads, strict=True
-    ):
-        assert_same(grad, want_grad, 1e-6)
-    assert [n for n, _ in model.named_parameters() if "router" in n and "up_proj" in n] == []
-
-
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        (["gate_proj", "down_proj"], "up_proj is not adapted"),
-        (["q_proj", "k_proj", "v_proj", "o_proj"], "leave other linears out|shape|size"),
-    ],
-    ids=["part", "attention"],
-)
-def test_whole_blocks_want_feed_forward_blocks(targets, message, make_remix, make_batch):
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        make_remix(router_type="mixlora_block", target_modules=targets)(**make_batch())
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "mor_rloo"])
