@@ -193,6 +193,7 @@ def routers(rows: list[Row]) -> list[str]:
     ]
     return [
         *lines,
+        *origin(rows),
         f"{rows[-1]['case'].removeprefix('routers ')}, times a selection. `remix_M1` is ReMix with",
         "frozen routers, one selection a step as the learned types have; with M = 2, a selection",
         "shares the step's fixed costs. `mixlora_block` works on k times the hidden values, as its",
@@ -211,6 +212,7 @@ def recording(rows: list[Row]) -> list[str]:
     return [
         "### Recording",
         "",
+        *origin([row]),
         f"A recorder's own time is {float(row['share']):.1%} of a recorded step ({row['case']});",
         f"the step with it took {float(row['ratio']):.2f} of the time without, which is noise.",
         f"Reading what it counted, at logging steps: {row['reading_ms']} ms.",

@@ -40,7 +40,7 @@ def check_adapter(place: str, overrides: Mapping[str, Any]) -> None:
         ValueError: A file is damaged, missing, or does not fit the others or the base model.
         OSError: The base model's configuration cannot be read.
     """
-    folder = adapter_folder(place)
+    folder = adapter_folder(place, routed=True)
     with named(folder):
         adapter = ReMixConfig.from_pretrained(str(folder))
         weights = folder / WEIGHTS_NAME

@@ -89,7 +89,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rslora": {"method": "rslora", "rank": 19},  # 120
     "dora": {"method": "dora", "rank": 19},  # 124
     "vblora": {"method": "vblora", "rank": 14},  # 118, and a bank of 49 for all blocks
-    "ia3": {"method": "ia3"},  # 4: cannot be made equal
+    "ia3": {"method": "ia3"},  # 2: cannot be made equal
     "mixlora": {"method": "mixlora", **POOL},  # 123
     "hydralora": {"method": "hydralora", **POOL, "num_experts": 3, "top_k": 3},  # 117
     "mor": {"method": "mor", **POOL, "r": 6},  # 124, with two sub-routers

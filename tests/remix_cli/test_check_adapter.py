@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from remix_cli import main
@@ -31,6 +32,12 @@ def test_an_untrained_adapter_is_told(finished: Path, capsys: pytest.CaptureFixt
     save_file({name: t * ("lora_B" not in name) for name, t in tensors.items()}, path)
     assert main(["validate", "--adapter", str(finished)]) == 0
     assert "it was not trained" in capsys.readouterr().out
+
+
+def test_what_is_no_mixture_is_told(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LoraConfig(base_model_name_or_path="anything").save_pretrained(str(finished))
+    error = fails(capsys, main(["validate", "--adapter", str(finished)]))
+    assert "describes an adapter of type 'LORA': this command needs a mixture" in error
 
 
 def test_another_base_model_is_named(
