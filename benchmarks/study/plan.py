@@ -138,6 +138,7 @@ HELPED = (
     "mixlora_router30",
 )  # what has helped there, on what nothing was tuned on
 REST = ("hydralora", "mor", "dora", "vblora", "ia3")
+SELECTIONS = ("remix_m4", "remix_m8", "remix_m4_matched", "remix_m8_matched", "remix_m4_g1")
 LONGER = tuple(name for name in LONG if name != "remix_long")
 # (part of the study, task, methods, seeds), the most informative first.
 PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
@@ -168,6 +169,9 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("selections", "instruction_induction", ("remix_m8_matched", "remix_m8"), (0,)),
     ("main", "gsm8k", ("lora", *HELPED), (1, 2)),
     ("main", "trec", REST, SEEDS),
+    ("main", "gsm8k", ("mixlora", "remix"), (1, 2)),
+    ("selections", "instruction_induction", SELECTIONS, (1, 2)),
+    ("longer", "instruction_induction", ("remix_long",), (1, 2)),
 )
 # Scored six times while they train, with the first seed: how the kinds of routing come apart.
 WATCHED = ("mixlora", "remix", "remix_paper")
