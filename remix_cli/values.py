@@ -53,8 +53,18 @@ def one_of(key: str, value: Any, choices: Sequence[str]) -> str:
 
 
 def closest(word: str, words: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the nearest of words, or nothing."""
-    matches = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    """Return "; did you mean 'x'?" for the nearest of words, or nothing.
+
+    A slip of the finger comes first, then a word that holds this one (as with `--batch-size`),
+    then what is like it.
+    """
+    words = list(words)
+    part = word.strip("-")
+    matches = (
+        difflib.get_close_matches(word, words, n=1, cutoff=0.8)
+        or [longer for longer in words if len(part) > 2 and part in longer]
+        or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    )
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -61,6 +61,10 @@ def test_flags_become_values(argv: list[str], expected: dict[str, object]) -> No
             ["--lerning-rate", "1"],
             "unknown argument '--lerning-rate'; did you mean '--learning-rate'",
         ),
+        (
+            ["--batch-size", "1"],
+            "unknown argument '--batch-size'; did you mean '--per-device-train-batch-size'",
+        ),
         (["--top-k", "two"], "top_k must be a whole number, got 'two'"),
         (["--top-k", "none"], "top_k must be a whole number, got None"),
         (["--learning-rate", "fast"], "learning_rate must be a number, got 'fast'"),
